@@ -1,0 +1,282 @@
+// u = LayerNorm(q) * weight + bias over the D features of every query and key, turned by the position of its token; and
+// the gradients. Formula and layouts: core/qk_norm_rope.h.
+//
+// Bound by memory: q and k are read and written once (v, too, where the result is a new tensor), with about ten
+// operations an element. Tokens are shared out to threads; a token's cosines and sines are laid out once, row and column
+// apart, for its 2 h heads. A head passes through a buffer of D floats in the first-level cache, which also makes
+// working in place safe: it is read to the end before it is written.
+#include "core/qk_norm_rope.h"
+
+#include <stdlib.h>
+
+#include "core/residual_scale_norm.h"  // first_row_of_block
+#include "cpu/kernels.h"
+#include "cpu/vector_math.h"
+
+namespace vggt_mv::VGGT_MV_ISA {
+
+namespace {
+
+// Below this many elements waking up other threads costs more than it saves.
+constexpr int64_t kSerialElements = 16384;
+
+// A thread's memory, D floats each: [0, D/2) of the cosines and sines turn with the row, the rest with the column; in
+// a half, entry j belongs to the pair (j, j + D/4).
+struct Buffers {
+  float* cosines;  // [2, D / 4]
+  float* sines;    // [2, D / 4]
+  float* head;     // [D]
+  float* other;    // [D]
+};
+
+constexpr int kBuffers = 4;
+
+Buffers place(float* memory, int width) { return {memory, memory + width, memory + 2 * width, memory + 3 * width}; }
+
+// Where a patch or special token stands.
+template <typename Params>
+void load_rotation(const Params& p, int token, const Buffers& buffers) {
+  const int patch = token - p.special;
+  const int position[2] = {patch < 0 ? p.special_position : patch / p.grid_width + 1,
+                           patch < 0 ? p.special_position : patch % p.grid_width + 1};
+  const int pairs = p.width / 4;
+  for (int half = 0; half < 2; ++half) {
+    const float* table = p.cos_sin + int64_t{position[half]} * pairs * 2;
+    for (int j = 0; j < pairs; ++j) {
+      buffers.cosines[half * pairs + j] = table[2 * j];
+      buffers.sines[half * pairs + j] = table[2 * j + 1];
+    }
+  }
+}
+
+struct Statistics {
+  float mean;
+  float rstd;
+};
+
+VGGT_MV_INLINE float total_of_slots(const Vector (&v)[kSlots]) {
+  return total_of_lanes((v[0] + v[1]) + (v[2] + v[3]))[0];
+}
+
+template <typename T>
+VGGT_MV_INLINE Statistics statistics_of(const T* row, int width, float eps) {
+  Vector sums[kSlots] = {};
+  for_each_vector(width,
+                  [&](int d, int slot, auto lanes) VGGT_MV_INLINE_LAMBDA { sums[slot] += load(row + d, lanes); });
+  const float mean = total_of_slots(sums) / static_cast<float>(width);
+  Vector squares[kSlots] = {};
+  for_each_vector(width, [&](int d, int slot, auto lanes) VGGT_MV_INLINE_LAMBDA {
+    const Vector distance = keep(load(row + d, lanes) - mean, lanes);
+    squares[slot] = multiply_add(distance, distance, squares[slot]);
+  });
+  return {mean, 1.0f / __builtin_sqrtf(total_of_slots(squares) / static_cast<float>(width) + eps)};
+}
+
+template <typename T>
+VGGT_MV_INLINE void copy_head(const T* from, T* to, int width) {
+  __builtin_memcpy(to, from, width * sizeof(T));
+}
+
+// Turns the pairs of `from` by their angles (sign 1) or back (sign -1).
+template <typename From, typename To>
+VGGT_MV_INLINE void rotate(const From* from, To* to, int width, float sign, const Buffers& buffers) {
+  const int pairs = width / 4;
+  for (int half = 0; half < 2; ++half) {
+    const int first = half * 2 * pairs;
+    for_each_vector(pairs, [&](int j, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
+      const Vector cosine = load(buffers.cosines + half * pairs + j, lanes);
+      const Vector sine = load(buffers.sines + half * pairs + j, lanes) * sign;
+      const Vector a = load(from + first + j, lanes);
+      const Vector b = load(from + first + pairs + j, lanes);
+      store(to + first + j, multiply_add(a, cosine, -(b * sine)), lanes);
+      store(to + first + pairs + j, multiply_add(b, cosine, a * sine), lanes);
+    });
+  }
+}
+
+template <typename T>
+VGGT_MV_INLINE void forward_head(const T* from, T* to, const float* weight, const float* bias, int width, float eps,
+                                 const Buffers& buffers) {
+  if (weight == nullptr) {
+    for_each_vector(width, [&](int d, int, auto lanes)
+                               VGGT_MV_INLINE_LAMBDA { store(buffers.head + d, load(from + d, lanes), lanes); });
+  } else {
+    const Statistics row = statistics_of(from, width, eps);
+    for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
+      const Vector n = (load(from + d, lanes) - row.mean) * row.rstd;
+      store(buffers.head + d, multiply_add(n, load(weight + d, lanes), load(bias + d, lanes)), lanes);
+    });
+  }
+  rotate(buffers.head, to, width, 1.0f, buffers);
+}
+
+template <typename T>
+void forward_token(const QkNormRopeParams& p, int64_t frame, int token, const Buffers& buffers) {
+  const T* from = static_cast<const T*>(p.qkv) + frame_offset(p.grid, p.qkv_strides.tokens, frame) +
+                  token * p.qkv_strides.tokens.token;
+  T* to =
+      static_cast<T*>(p.out) + frame_offset(p.grid, p.out_strides.tokens, frame) + token * p.out_strides.tokens.token;
+  const float* weights[2] = {static_cast<const float*>(p.q_weight), static_cast<const float*>(p.k_weight)};
+  const float* biases[2] = {static_cast<const float*>(p.q_bias), static_cast<const float*>(p.k_bias)};
+  load_rotation(p, token, buffers);
+  for (int part = 0; part < 2; ++part) {
+    for (int head = 0; head < p.heads; ++head) {
+      forward_head(from + part * p.qkv_strides.part + head * p.qkv_strides.head,
+                   to + part * p.out_strides.part + head * p.out_strides.head, weights[part], biases[part], p.width,
+                   p.eps, buffers);
+    }
+  }
+  if (p.qkv == p.out) return;
+  for (int head = 0; head < p.heads; ++head) {
+    copy_head(from + 2 * p.qkv_strides.part + head * p.qkv_strides.head,
+              to + 2 * p.out_strides.part + head * p.out_strides.head, p.width);
+  }
+}
+
+// Runs body(block, buffers) for every block on `threads` threads, each with buffers of its own.
+template <typename Body>
+Status for_each_block(int blocks, int width, int threads, Body body) {
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float* memory = static_cast<float*>(malloc(kBuffers * sizeof(float) * width));
+    if (memory == nullptr) {
+#pragma omp atomic write
+      failed = true;
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int block = 0; block < blocks; ++block) {
+      if (!failed) body(block, place(memory, width));
+    }
+    free(memory);
+  }
+  return failed ? Status::out_of_memory : Status::ok;
+}
+
+template <typename Params>
+int threads_for(const Params& p, int num_threads) {
+  return num_threads < 1 || token_count(p.grid) * p.heads * p.width <= kSerialElements ? 1 : num_threads;
+}
+
+template <typename T>
+Status forward(const QkNormRopeParams& p, int num_threads) {
+  const int64_t tokens = token_count(p.grid);
+  const int threads = threads_for(p, num_threads);
+  return for_each_block(threads, p.width, threads, [&](int block, const Buffers& buffers) {
+    const int64_t end = first_row_of_block(block + 1, tokens, threads);
+    for (int64_t i = first_row_of_block(block, tokens, threads); i < end; ++i) {
+      forward_token<T>(p, i / p.grid.tokens, static_cast<int>(i % p.grid.tokens), buffers);
+    }
+  });
+}
+
+// `sums` [2 (weight, bias), D] of this block; null where the norm wants none.
+template <typename T>
+VGGT_MV_INLINE void backward_head(const T* grad, const T* x, T* grad_x, const float* weight, int width, float eps,
+                                  float* sums, const Buffers& buffers) {
+  if (weight == nullptr) {
+    rotate(grad, buffers.head, width, -1.0f, buffers);
+    for_each_vector(width, [&](int d, int, auto lanes)
+                               VGGT_MV_INLINE_LAMBDA { store(grad_x + d, load(buffers.head + d, lanes), lanes); });
+    return;
+  }
+  rotate(grad, buffers.head, width, -1.0f, buffers);
+  const Statistics row = statistics_of(x, width, eps);
+  Vector totals[kSlots] = {};
+  Vector products[kSlots] = {};
+  for_each_vector(width, [&](int d, int slot, auto lanes) VGGT_MV_INLINE_LAMBDA {
+    const Vector turned = load(buffers.head + d, lanes);
+    const Vector n = (load(x + d, lanes) - row.mean) * row.rstd;
+    const Vector g = turned * load(weight + d, lanes);
+    totals[slot] += g;
+    products[slot] = multiply_add(g, keep(n, lanes), products[slot]);
+    store(buffers.other + d, n, lanes);
+    if (sums == nullptr) return;
+    store(sums + d, multiply_add(turned, n, load(sums + d, lanes)), lanes);
+    store(sums + width + d, load(sums + width + d, lanes) + turned, lanes);
+  });
+  const float mean_g = total_of_slots(totals) / static_cast<float>(width);
+  const float mean_gn = total_of_slots(products) / static_cast<float>(width);
+  for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
+    const Vector g = load(buffers.head + d, lanes) * load(weight + d, lanes);
+    store(grad_x + d, (g - mean_g - load(buffers.other + d, lanes) * mean_gn) * row.rstd, lanes);
+  });
+}
+
+template <typename T>
+void backward_token(const QkNormRopeBackwardParams& p, int block, int64_t frame, int token, const Buffers& buffers) {
+  const T* grad = static_cast<const T*>(p.grad_out) + frame_offset(p.grid, p.grad_out_strides.tokens, frame) +
+                  token * p.grad_out_strides.tokens.token;
+  const T* x = static_cast<const T*>(p.qkv) + frame_offset(p.grid, p.qkv_strides.tokens, frame) +
+               token * p.qkv_strides.tokens.token;
+  T* grad_x = static_cast<T*>(p.grad_qkv) + frame_offset(p.grid, p.grad_qkv_strides.tokens, frame) +
+              token * p.grad_qkv_strides.tokens.token;
+  const float* weights[2] = {static_cast<const float*>(p.q_weight), static_cast<const float*>(p.k_weight)};
+  load_rotation(p, token, buffers);
+  for (int part = 0; part < 2; ++part) {
+    float* sums =
+        p.partial_sums == nullptr ? nullptr : p.partial_sums + (int64_t{part} * p.blocks + block) * 2 * p.width;
+    for (int head = 0; head < p.heads; ++head) {
+      backward_head(grad + part * p.grad_out_strides.part + head * p.grad_out_strides.head,
+                    x + part * p.qkv_strides.part + head * p.qkv_strides.head,
+                    grad_x + part * p.grad_qkv_strides.part + head * p.grad_qkv_strides.head, weights[part], p.width,
+                    p.eps, sums, buffers);
+    }
+  }
+  for (int head = 0; head < p.heads; ++head) {
+    copy_head(grad + 2 * p.grad_out_strides.part + head * p.grad_out_strides.head,
+              grad_x + 2 * p.grad_qkv_strides.part + head * p.grad_qkv_strides.head, p.width);
+  }
+}
+
+template <typename T>
+Status backward(const QkNormRopeBackwardParams& p, int num_threads) {
+  const int64_t tokens = token_count(p.grid);
+  const int64_t size = 2 * int64_t{p.width};
+  const Status status =
+      for_each_block(p.blocks, p.width, threads_for(p, num_threads), [&](int block, const Buffers& b) {
+        for (int part = 0; part < 2 && p.partial_sums != nullptr; ++part) {
+          __builtin_memset(p.partial_sums + (int64_t{part} * p.blocks + block) * size, 0, size * sizeof(float));
+        }
+        const int64_t end = first_row_of_block(block + 1, tokens, p.blocks);
+        for (int64_t i = first_row_of_block(block, tokens, p.blocks); i < end; ++i) {
+          backward_token<T>(p, block, i / p.grid.tokens, static_cast<int>(i % p.grid.tokens), b);
+        }
+      });
+  if (p.partial_sums == nullptr || status != Status::ok) return status;
+  // Stage two: the blocks in order, so that the sums do not depend on the number of threads.
+  for (int part = 0; part < 2; ++part) {
+    float* total = p.grad_norms + part * size;
+    __builtin_memset(total, 0, size * sizeof(float));
+    for (int block = 0; block < p.blocks; ++block) {
+      const float* partial = p.partial_sums + (int64_t{part} * p.blocks + block) * size;
+      for (int64_t i = 0; i < size; ++i) total[i] += partial[i];
+    }
+  }
+  return status;
+}
+
+// Calls run(T{}) with the storage type; norms are in float.
+template <typename Params, typename Run>
+Status for_dtype(const Params& p, Run run) {
+  if (p.norm_dtype != DType::f32) return Status::unsupported_dtypes;
+  switch (p.dtype) {
+    case DType::f32: return run(float{});
+    case DType::f16: return run(Half{});
+    case DType::bf16: return run(Bfloat16{});
+  }
+  return Status::unsupported_dtypes;
+}
+
+}  // namespace
+
+Status qk_norm_rope(const QkNormRopeParams& params, int num_threads) {
+  return for_dtype(params, [&](auto element) { return forward<decltype(element)>(params, num_threads); });
+}
+
+Status qk_norm_rope_backward(const QkNormRopeBackwardParams& params, int num_threads) {
+  return for_dtype(params, [&](auto element) { return backward<decltype(element)>(params, num_threads); });
+}
+
+}  // namespace vggt_mv::VGGT_MV_ISA

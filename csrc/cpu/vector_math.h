@@ -1,0 +1,109 @@
+// Arithmetic on the vectors of vector.h that attention needs: maximum, exp(x), reductions over lanes, transposition.
+#pragma once
+
+#include "cpu/vector.h"
+
+namespace vggt_mv::VGGT_MV_ISA {
+
+VGGT_MV_INLINE Vector select(IntVector condition, Vector a, Vector b) {
+  return from_bits(choose(condition, bits_of(a), bits_of(b)));
+}
+
+// a > b ? a : b. Where either is NaN the result is b: `maximum(x, best)` ignores a NaN in x, and
+// `maximum(broadcast(bound), x)` lets it through.
+VGGT_MV_INLINE Vector maximum(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select((IntVector)(a > b), a, b);
+#endif
+}
+
+// exp(x) for x <= 0: relative error at most 2e-7 + 1.4e-8 |x|, zero from -88 on, NaN for NaN.
+//
+// x log2(e) = n + f with n the nearest integer; 2^f by a polynomial of degree 5, minimax in relative error on
+// [-1/2, 1/2] among those that give 1 for 0, 2^n by putting n into the exponent. The factor 2^n is multiplied, not added
+// to the exponent's bits, so that a NaN stays one. n = -127, the least, makes the factor zero.
+VGGT_MV_INLINE Vector exp_of_nonpositive(Vector x) {
+  constexpr float kLog2E = 0x1.715476p+0f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  x = maximum(broadcast(-88.0f), x);
+  const Vector shifted = multiply_add(x, broadcast(kLog2E), broadcast(kRound));
+#if defined(__FMA__) || defined(__aarch64__)
+  const Vector f = multiply_add(x, broadcast(kLog2E), kRound - shifted);
+#else
+  // The product would be rounded: subtract n ln(2) instead, in two parts of which n times the first is exact.
+  const Vector n = shifted - kRound;
+  const Vector f = (x - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f) * kLog2E;
+#endif
+  Vector y = broadcast(0x1.5bba16p-10f);
+  y = multiply_add(y, f, broadcast(0x1.3cea88p-7f));
+  y = multiply_add(y, f, broadcast(0x1.c6b752p-5f));
+  y = multiply_add(y, f, broadcast(0x1.ebf9bcp-3f));
+  y = multiply_add(y, f, broadcast(0x1.62e42ap-1f));
+  y = multiply_add(y, f, broadcast(1.0f));
+  return y * from_bits((bits_of(shifted) << 23) + (127u << 23));
+}
+
+// Lane by lane element index[lane] of a, then b.
+VGGT_MV_INLINE Vector shuffle(Vector a, Vector b, IntVector index) {
+#if defined(__clang__)
+  Vector result;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result[lane] = index[lane] < kLanes ? a[index[lane]] : b[index[lane] - kLanes];
+  }
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+template <int kDistance>
+VGGT_MV_INLINE Vector exchange_lanes(Vector v) {
+  IntVector other;
+  for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ kDistance;
+  return shuffle(v, v, other);
+}
+
+// The largest lane, or the sum of all, in every lane.
+VGGT_MV_INLINE Vector maximum_of_lanes(Vector v) {
+  if constexpr (kLanes > 8) v = maximum(exchange_lanes<8>(v), v);
+  if constexpr (kLanes > 4) v = maximum(exchange_lanes<4>(v), v);
+  v = maximum(exchange_lanes<2>(v), v);
+  return maximum(exchange_lanes<1>(v), v);
+}
+
+VGGT_MV_INLINE Vector total_of_lanes(Vector v) {
+  if constexpr (kLanes > 8) v += exchange_lanes<8>(v);
+  if constexpr (kLanes > 4) v += exchange_lanes<4>(v);
+  v += exchange_lanes<2>(v);
+  return v + exchange_lanes<1>(v);
+}
+
+// One stage of a transposition: of every 2 x 2 blocks of kSize x kSize lanes, those beside the diagonal change places.
+template <int kSize>
+VGGT_MV_INLINE void exchange_blocks(Vector (&rows)[kLanes]) {
+  IntVector upper, lower;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = (lane & kSize) == 0 ? lane : kLanes + lane - kSize;
+    lower[lane] = (lane & kSize) == 0 ? lane + kSize : kLanes + lane;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kSize) != 0) continue;
+    const Vector a = rows[i], b = rows[i + kSize];
+    rows[i] = shuffle(a, b, upper);
+    rows[i + kSize] = shuffle(a, b, lower);
+  }
+}
+
+VGGT_MV_INLINE void transpose(Vector (&rows)[kLanes]) {
+  if constexpr (kLanes > 8) exchange_blocks<8>(rows);
+  if constexpr (kLanes > 4) exchange_blocks<4>(rows);
+  exchange_blocks<2>(rows);
+  exchange_blocks<1>(rows);
+}
+
+}  // namespace vggt_mv::VGGT_MV_ISA

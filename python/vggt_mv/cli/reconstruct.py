@@ -1,0 +1,177 @@
+"""`vggt-mv reconstruct`: images or videos in, a folder of predictions out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vggt_mv.cli.console import Bars, large, load_operators, note, size
+from vggt_mv.errors import VggtMvError
+
+if TYPE_CHECKING:
+    from vggt_mv.scene.reconstruction import Reconstruction
+
+Weights = Annotated[
+    str | None, typer.Option(help="Weights: a file, a folder, a shard index or a hub id.", metavar="PATH")
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Run without (all) weights. The numbers mean nothing; all files say so."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help="A named configuration or a JSON file (default: what the weights are for).", metavar="NAME|FILE"),
+]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.", min=0)]
+Dtype = Annotated[str, typer.Option(help="What matrix products compute in.", metavar="auto|float32|bfloat16|float16")]
+Device = Annotated[str, typer.Option(help="Where to compute.", metavar="auto|cpu|cuda[:N]")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's choice).", min=1)]
+Percentile = Annotated[
+    float, typer.Option(help="Percent of the points to drop from points.ply, those of lowest confidence.", metavar="P")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+
+
+def reconstruct(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="A folder of time_*/view* images, a folder of images, one folder or video per camera, or a video.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="FOLDER")],
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    config: Config = None,
+    layout: Annotated[
+        str, typer.Option("--as", help="What the images of one folder (or video) are.", metavar="auto|views|times")
+    ] = "auto",
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="How the frames of a grid see each other: all as one sequence (public weights), or views and times in "
+            "turn. auto: what the weights learnt.",
+            metavar="auto|joint|alternating",
+        ),
+    ] = "auto",
+    max_frames: Annotated[
+        int | None, typer.Option(help="Use at most this many times (or views of a folder), evenly spread.", min=1)
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Width for the network, a multiple of 14 (default: the model's).")
+    ] = None,
+    preprocess: Annotated[
+        str, typer.Option(help="Fit the width and crop tall images, or pad to a square.", metavar="crop|pad")
+    ] = "crop",
+    conf_percentile: Percentile = 50.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    allow_single: Annotated[bool, typer.Option("--allow-single", help="Accept a single image.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in FOLDER.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Reconstruct cameras, depth and points of a scene."""
+    load_operators()
+    from vggt_mv.models.configs import load_config
+    from vggt_mv.scene.export import output_folder, write_outputs
+    from vggt_mv.scene.load_model import choose_config, load_model
+    from vggt_mv.scene.preprocess import plan_transforms
+    from vggt_mv.scene.reconstruct import check_attention, reconstruct, resolve_device, resolve_dtype
+    from vggt_mv.scene.reconstruction import check_percentile
+    from vggt_mv.scene.sources import open_scene
+
+    refuse_no_weights(weights, random_weights)
+    refuse_output_around_inputs(inputs, output)
+    check_attention(attention)
+    check_percentile(conf_percentile)
+    place = resolve_device(device)
+    resolve_dtype(dtype, place)
+    set_threads(threads)
+    # Checked by those they are for, one by one, whatever their type here.
+    how: Any = {"layout": layout, "attention": attention, "dtype": dtype, "preprocess": preprocess}
+    with output_folder(output, overwrite=overwrite) as staging, Bars(quiet=quiet) as bars:
+        # All that can be wrong is looked at before the model is loaded, which takes longer than most mistakes.
+        chosen = choose_config(weights, config)
+        image_size = image_size or load_config(chosen)[1].get("img_size", 518)
+        scene = open_scene(
+            inputs,
+            layout=how.pop("layout"),
+            max_frames=max_frames,
+            allow_single=allow_single,
+            on_frame=lambda done, total: bars("check", done, total),
+        )
+        plan_transforms(scene, image_size=image_size, mode=how["preprocess"])
+        with bars.busy("loading model"):
+            model = load_model(weights, config=chosen, random_weights=random_weights, seed=seed, device=place)
+        result = reconstruct(scene, model, image_size=image_size, progress=bars, **how)
+        result.report["model"]["config"] = chosen if isinstance(chosen, dict) else str(chosen)
+        write_outputs(result, staging, conf_percentile=conf_percentile, progress=bars)
+    summarize(result, output, quiet=quiet)
+
+
+def refuse_no_weights(weights: str | None, random_weights: bool) -> None:
+    """Say what is missing before anything is looked at."""
+    if weights is None and not random_weights:
+        raise VggtMvError(
+            "no weights: name a file, folder or hub id with --weights, or try the program out with --random-weights, "
+            "whose numbers mean nothing"
+        )
+
+
+def refuse_output_around_inputs(inputs: list[str], output: Path) -> None:
+    """An output folder is replaced whole: inputs inside of it would go with it."""
+    for text in inputs:
+        if Path(text).expanduser().resolve().is_relative_to(output.expanduser().resolve()):
+            raise VggtMvError(f"input {text!r} lies inside of the output folder {str(output)!r}; choose another output")
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the CPU threads of this process, if a number was asked for."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def summarize(result: Reconstruction, output: Path, *, quiet: bool) -> None:
+    """What was made, in a few lines."""
+    report: dict[str, Any] = result.report
+    height, width = result.network_size
+    model, memory = report["model"], report["memory_bytes"]
+    for line in report["input"]["notes"]:
+        note(f"note: {line}", quiet=quiet)
+    note(
+        f"{result.num_times} time{'s' * (result.num_times > 1)} x {result.num_views} view"
+        f"{'s' * (result.num_views > 1)} of {width}x{height} pixels, {model['class']} with "
+        f"{large(model['parameters'])} parameters, {report['attention']['used']} attention, {report['dtype']} on "
+        f"{report['device']}",
+        quiet=quiet,
+    )
+    peak = memory.get("cuda_peak_allocated") or memory["process_peak_resident"]
+    note(
+        f"{report['seconds']['total']:.1f} s, peak memory {'unknown' if peak is None else size(peak)}; "
+        f"weights: {result.weights.description}",
+        quiet=quiet,
+    )
+    if result.random_weights:
+        from vggt_mv.scene.reconstruction import RANDOM_WEIGHTS_NOTE
+
+        note(RANDOM_WEIGHTS_NOTE, style="bold red")
+    for name, meaning in {
+        "overview.png": "images and depth on one sheet",
+        "points.ply": "coloured points",
+        "cameras.json": "cameras by name",
+        "depth": "a picture of depth per image",
+        "predictions.npz": "all arrays",
+        "report.json": "how it was made",
+    }.items():
+        path = output / name
+        if path.exists():
+            bytes_ = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+            if not quiet:
+                typer.echo(f"{path}{'/' * path.is_dir()}  ({meaning}, {size(bytes_)})")

@@ -1,0 +1,1 @@
+"""The point tracker and its parts."""

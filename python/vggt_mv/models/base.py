@@ -1,0 +1,164 @@
+"""What `VGGT` and `VGGT_MV` share: the aggregator, the heads, and the way from images to predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vggt_mv.errors import VggtMvError
+from vggt_mv.heads.camera_head import CameraHead
+from vggt_mv.heads.dpt_head import DPTHead
+from vggt_mv.heads.track_head import TrackHead
+from vggt_mv.layers.precision import without_autocast
+from vggt_mv.models.aggregator import Aggregator
+from vggt_mv.models.hub import PretrainedModel
+from vggt_mv.models.inputs import check_image_values, check_images, check_mask_values
+from vggt_mv.models.options import StageCallback, check_option_names, parameter_names
+
+__all__ = ["VGGTBase"]
+
+
+class VGGTBase(PretrainedModel):
+    """An `Aggregator` and the heads that read it."""
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        *,
+        enable_camera: bool,
+        enable_point: bool,
+        enable_depth: bool,
+        enable_track: bool,
+        camera_head_options: Mapping[str, Any] | None,
+        dpt_head_options: Mapping[str, Any] | None,
+        track_head_options: Mapping[str, Any] | None,
+        aggregator_options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        known = parameter_names(Aggregator.__init__)
+        check_option_names(owner, aggregator_options, [*known, *parameter_names(type(self).__init__)])
+        camera_options = _head_options(owner, "camera_head_options", camera_head_options, CameraHead)
+        dpt_options = _head_options(owner, "dpt_head_options", dpt_head_options, DPTHead)
+        track_options = _head_options(owner, "track_head_options", track_head_options, TrackHead)
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self._options = dict(aggregator_options)  # for save_pretrained, which needs them to be JSON
+        self.aggregator = Aggregator(img_size, patch_size, embed_dim, **aggregator_options)
+        # On either side of the concatenation of two attentions.
+        width = 2 * embed_dim
+        dense = {"dim_in": width, "patch_size": patch_size}
+        point_options = {**dense, "output_dim": 4, "activation": "inv_log", "conf_activation": "expp1", **dpt_options}
+        depth_options = {**dense, "output_dim": 2, "activation": "exp", "conf_activation": "expp1", **dpt_options}
+        self.camera_head = CameraHead(**{"dim_in": width, **camera_options}) if enable_camera else None
+        self.point_head = DPTHead(**point_options) if enable_point else None
+        self.depth_head = DPTHead(**depth_options) if enable_depth else None
+        self.track_head = TrackHead(**{**dense, **track_options}) if enable_track else None
+        depth = self.aggregator.depth
+        for name, layer in self._layers_read():
+            if not 0 <= layer < depth:
+                raise VggtMvError(
+                    f"{owner}: {name} must read outputs in 0..depth-1 = 0..{depth - 1} (intermediate_layer_idx), "
+                    f"got {layer}"
+                )
+
+    def _layers_read(self, tracks: bool = True) -> list[tuple[str, int]]:
+        """(head, output of the aggregator) for all that the heads read."""
+        dense: list[tuple[str, DPTHead | None]] = [("point_head", self.point_head), ("depth_head", self.depth_head)]
+        if tracks and self.track_head is not None:
+            dense.append(("track_head", self.track_head.feature_extractor))
+        layers = [("camera_head", self.aggregator.depth - 1)] if self.camera_head is not None else []
+        return layers + [(n, layer) for n, head in dense if head is not None for layer in head.intermediate_layer_idx]
+
+    def _predict(
+        self,
+        images: Tensor,
+        query_points: Tensor | None,
+        on_stage: StageCallback | None,
+        dynamic_mask: Tensor | None = None,
+        joint: bool = False,
+    ) -> dict[str, Any]:
+        """Images of any rank to the dict of predictions; `joint` makes one sequence of times x views."""
+        owner = type(self).__name__
+        check_images(owner, images, self.patch_size)
+        check_image_values(owner, images)
+        if dynamic_mask is not None:
+            check_mask_values(owner, dynamic_mask)
+        if query_points is not None and self.track_head is None:
+            raise VggtMvError(f"{owner}: query_points must be None for a model built with enable_track=False")
+        if images.ndim == 4:
+            images = images.unsqueeze(0)
+            dynamic_mask = None if dynamic_mask is None else dynamic_mask.unsqueeze(0)
+        grid = tuple(images.shape[1:-3])
+        sequence = images.flatten(1, -4)
+        if joint and dynamic_mask is not None and dynamic_mask.ndim == 5:
+            dynamic_mask = dynamic_mask.flatten(1, 2)
+        outputs, patch_start_idx, *extras = self.aggregator(
+            sequence if joint else images,
+            keep_outputs={layer for _, layer in self._layers_read(tracks=query_points is not None)},
+            on_stage=on_stage,
+            dynamic_mask=dynamic_mask,
+        )
+        # The heads know one sequence, t-major.
+        outputs = [x.flatten(1, 2) if x is not None and x.ndim == 5 else x for x in outputs]
+        # Depth and cameras are regressed: 16 bits would cost accuracy where there is little time to win.
+        with without_autocast(images.device):
+            predictions = self._run_heads(outputs, sequence, patch_start_idx, query_points, on_stage)
+        if extras and extras[0] is not None and "dynamic_mask" in extras[0]:
+            predictions["dynamic_mask"] = extras[0]["dynamic_mask"]
+        predictions = {name: _unflatten(value, grid) for name, value in predictions.items()}
+        predictions["images"] = images
+        return predictions
+
+    def _run_heads(
+        self,
+        outputs: list[Tensor | None],
+        images: Tensor,
+        patch_start_idx: int,
+        query_points: Tensor | None,
+        on_stage: StageCallback | None,
+    ) -> dict[str, Any]:
+        """All heads there are, on frames ``[B, S]``."""
+        report = on_stage or (lambda stage, done, total: None)
+        predictions: dict[str, Any] = {}
+        if self.camera_head is not None:
+            report("camera", 0, 1)
+            predictions["pose_enc_list"] = self.camera_head(outputs)
+            predictions["pose_enc"] = predictions["pose_enc_list"][-1]
+            report("camera", 1, 1)
+        if self.depth_head is not None:
+            report("depth", 0, 1)
+            predictions["depth"], predictions["depth_conf"] = self.depth_head(outputs, images, patch_start_idx)
+            report("depth", 1, 1)
+        if self.point_head is not None:
+            report("points", 0, 1)
+            points, confidence = self.point_head(outputs, images, patch_start_idx)
+            predictions["world_points"], predictions["world_points_conf"] = points, confidence
+            report("points", 1, 1)
+        if self.track_head is not None and query_points is not None:
+            report("tracks", 0, 1)
+            queries = query_points.unsqueeze(0) if query_points.ndim == 2 else query_points
+            track_list, visibility, confidence = self.track_head(outputs, images, patch_start_idx, query_points=queries)
+            predictions |= {"track_list": track_list, "track": track_list[-1], "vis": visibility}
+            if confidence is not None:
+                predictions["conf"] = confidence
+            report("tracks", 1, 1)
+        return predictions
+
+
+def _head_options(owner: str, name: str, options: Mapping[str, Any] | None, head: type[nn.Module]) -> dict[str, Any]:
+    options = dict(options or {})
+    check_option_names(f"{owner}: {name}", options, parameter_names(head.__init__))
+    return options
+
+
+def _unflatten(value: Any, grid: tuple[int, ...]) -> Any:
+    """``[B, S, ...]`` -> ``[B, *grid, ...]``, also in lists."""
+    if isinstance(value, list):
+        return [_unflatten(item, grid) for item in value]
+    return value.unflatten(1, grid) if len(grid) > 1 else value

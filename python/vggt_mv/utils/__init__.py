@@ -1,0 +1,1 @@
+"""Pose encodings, rotations, geometry, and image loading."""

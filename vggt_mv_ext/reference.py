@@ -1,0 +1,187 @@
+"""Every operator in a few lines of plain PyTorch: its definition, and the backend that runs everywhere.
+
+Same names and arguments as the public operators, but nothing is validated here. All are differentiable in any
+floating-point dtype (attention a second time with PyTorch's unfused kernel alone); the tests check them in float64 with
+`gradcheck` and measure the kernels against them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def residual_scale_norm(
+    x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`residual = x + gamma * y` in x's dtype, and `LayerNorm(residual) * weight + bias` in y's dtype."""
+    residual = torch.addcmul(x, gamma, y).to(x.dtype)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    normed = F.layer_norm(residual.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return residual, normed.to(y.dtype)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tensors of `dtype` are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_norm_statistics(residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of every row (last dimension) of `residual`, shape `residual.shape[:-1]`."""
+    residual = residual.to(accumulation_dtype(residual.dtype))
+    mean = residual.mean(-1)
+    variance = (residual - mean.unsqueeze(-1)).square().mean(-1)
+    return mean, (variance + eps).rsqrt()
+
+
+def residual_scale_norm_backward(
+    grad_residual: Tensor | None,
+    grad_normed: Tensor | None,
+    residual: Tensor,
+    y: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `residual_scale_norm` with respect to x, y, gamma, weight and bias, from what its forward saved.
+
+    With `n = (residual - mean) * rstd` and `g = grad_normed * weight`, for a row of C features:
+    `grad_x = grad_residual + rstd * (g - sum(g) / C - n * sum(g * n) / C)` and `grad_y = gamma * grad_x`.
+    """
+    wide = mean.dtype
+    grad = torch.zeros_like(residual, dtype=wide) if grad_residual is None else grad_residual.to(wide)
+    rows = tuple(range(residual.dim() - 1))
+    if grad_normed is None:
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+    else:
+        normalised = (residual.to(wide) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+        g = grad_normed.to(wide) * weight.to(wide)
+        inner = g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
+        grad = grad + rstd.unsqueeze(-1) * inner
+        grad_weight, grad_bias = (grad_normed.to(wide) * normalised).sum(rows), grad_normed.to(wide).sum(rows)
+    grad_gamma = (grad * y.to(wide)).sum(rows)
+    grad_y = (gamma.to(wide) * grad).to(y.dtype)
+    return (
+        grad.to(residual.dtype),
+        grad_y,
+        grad_gamma.to(gamma.dtype),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+    )
+
+
+def grid_positions(grid_hw: tuple[int, int], num_special: int, special_position: int, device: torch.device) -> Tensor:
+    """Row and column of every token of a frame, `[P, 2]` int64: special tokens first, then patches from (1, 1)."""
+    height, width = grid_hw
+    rows = torch.arange(1, height + 1, device=device).repeat_interleave(width)
+    columns = torch.arange(1, width + 1, device=device).repeat(height)
+    return F.pad(torch.stack((rows, columns), dim=1), (0, 0, num_special, 0), value=special_position)
+
+
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Rotary embedding of `x [..., P, h, w]` by `position [P]`: pair (j, j + w/2) turns by position * base**(-2j/w)."""
+    half = x.shape[-1] // 2
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    angle = position[:, None].to(exact) * base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    cos, sin = (table.to(x.dtype)[:, None, :] for table in (angle.cos(), angle.sin()))
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_norm: tuple[Tensor, Tensor] | None,
+    k_norm: tuple[Tensor, Tensor] | None,
+    grid_hw: tuple[int, int],
+    num_special: int,
+    base: float = 100.0,
+    eps: float = 1e-5,
+    *,
+    special_position: int = 0,
+) -> Tensor:
+    """LayerNorm of q and k over D, then 2-D RoPE: D/2 features turn with the row, D/2 with the column."""
+    positions = grid_positions(grid_hw, num_special, special_position, qkv.device)
+    wide = accumulation_dtype(qkv.dtype)
+
+    def norm_rope(x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x.to(wide)
+        if norm is not None:
+            x = F.layer_norm(x, x.shape[-1:], norm[0].to(wide), norm[1].to(wide), eps)
+        vertical, horizontal = x.chunk(2, dim=-1)
+        turned = (rotate(vertical, positions[:, 0], base), rotate(horizontal, positions[:, 1], base))
+        return torch.cat(turned, dim=-1).to(qkv.dtype)
+
+    q, k, v = qkv.unbind(dim=4)
+    return torch.stack((norm_rope(q, q_norm), norm_rope(k, k_norm), v), dim=4)
+
+
+def split_in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` as the sum of two tensors of a narrower dtype: its rounding, and the rounding of what that left over."""
+    high = x.to(dtype)
+    rest = torch.where(high.isinf(), 0, x - high.to(x.dtype))
+    return high, rest.to(dtype)
+
+
+def append_bias_features(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, row_gate: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes `q'.k' = q.k + row_gate_i * key_bias_j / scale` by extra features, so that fused attention takes the bias.
+
+    So no `[L, L]` tensor is ever written. Inputs `q, k, v [..., h, D]`, `key_bias, row_gate [...]`; the outputs have
+    the next multiple of 8 that holds the extra features instead of D, which fused kernels ask for. In float32 and
+    float64 one feature carries the bias. In float16 and bfloat16 each factor is the sum of two parts, and three
+    features carry the products that matter, so that the bias keeps 16 bits where one rounded feature would keep 8.
+    """
+    wide = accumulation_dtype(q.dtype)
+    gate, bias = row_gate.to(wide), key_bias.to(wide) / scale
+    if q.dtype == wide:
+        q_features, k_features = [gate], [bias]
+    else:
+        (gate, gate_rest), (bias, bias_rest) = split_in_two(gate, q.dtype), split_in_two(bias, q.dtype)
+        finite_bias = torch.where(bias.isinf(), 0, bias)  # gate_rest is often 0, and 0 * inf is not a number
+        q_features, k_features = [gate, gate, gate_rest], [bias, bias_rest, finite_bias]
+
+    def extend(x: Tensor, features: list[Tensor]) -> Tensor:
+        columns = [feature[..., None, None].expand(*x.shape[:-1], 1) for feature in features]
+        filling = -(x.shape[-1] + len(features)) % 8
+        return torch.cat((x, *columns, x.new_zeros(1).expand(*x.shape[:-1], filling)), dim=-1)
+
+    zero = torch.zeros_like(key_bias, dtype=v.dtype)
+    return extend(q, q_features), extend(k, k_features), extend(v, [zero] * len(k_features))
+
+
+# Dimensions B, T, N of the token grid that number the sequences of an axis; the others run along the sequence.
+SEQUENCE_DIMS = {"frame": (0, 1, 2), "view": (0, 1), "time": (0, 2), "global": (0,)}
+
+
+def alternating_attention(
+    qkv: Tensor,
+    axis: str,
+    *,
+    key_bias: Tensor | None = None,
+    row_gate: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`softmax_j(scale * q_i.k_j + row_gate_i * key_bias_j) v_j` inside every sequence of `axis`, all heads."""
+    *sizes, _, heads, width = qkv.shape
+    scale = width**-0.5 if scale is None else scale
+    q, k, v = qkv.unbind(dim=4)
+    if key_bias is not None:
+        gate = torch.ones_like(key_bias) if row_gate is None else row_gate.expand_as(key_bias)
+        q, k, v = append_bias_features(q, k, v, key_bias, gate, scale)
+
+    outer = SEQUENCE_DIMS[axis]
+    order = (*outer, *(d for d in range(4) if d not in outer))
+    sequences = math.prod(sizes[d] for d in outer)
+    length = math.prod(sizes[d] for d in order[len(outer) :])
+
+    def to_sequences(x: Tensor) -> Tensor:  # [B, T, N, P, h, d] -> [sequences, h, length, d]
+        return x.permute(*order, 4, 5).reshape(sequences, length, heads, x.shape[-1]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(to_sequences(q), to_sequences(k), to_sequences(v), scale=scale)
+    out = out[..., :width].transpose(1, 2).reshape(*(sizes[d] for d in order), heads * width)
+    return out.permute(*sorted(range(4), key=order.__getitem__), 4).contiguous()
