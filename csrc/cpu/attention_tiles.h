@@ -39,8 +39,9 @@ VGGT_MV_INLINE void for_each_run(const TokenGrid& grid, Axis axis, int64_t seque
 }
 
 // C[i, j] of a tile, i < kTileRows, j < vectors * kLanes; A[i, k] is a[i * row_stride + k * depth_stride], B a panel.
-template <int kVectors>
-VGGT_MV_INLINE void multiply_tile(const float* a, int64_t row_stride, int64_t depth_stride, const float* panel,
+// An element is a float, or a pair of bfloat16 that stands for two steps of the depth.
+template <int kVectors, typename Element>
+VGGT_MV_INLINE void multiply_tile(const Element* a, int64_t row_stride, int64_t depth_stride, const Element* panel,
                                   int depth, Vector (&sums)[kTileRows][kVectors]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
@@ -49,12 +50,12 @@ VGGT_MV_INLINE void multiply_tile(const float* a, int64_t row_stride, int64_t de
   }
 #pragma GCC unroll 1
   for (int k = 0; k < depth; ++k) {
-    Vector b[kVectors];
+    decltype(operand(panel)) b[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) b[v] = operand(panel + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const Vector element = broadcast(a[i * row_stride]);
+      const auto element = broadcast(a[i * row_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(element, b[v], sums[i][v]);
     }
@@ -63,45 +64,63 @@ VGGT_MV_INLINE void multiply_tile(const float* a, int64_t row_stride, int64_t de
   }
 }
 
-// Panels of `count` rows of `width` elements each, row i at row(i), as B[k = i, j] of a product: [width / kTileColumns,
-// count, kTileColumns], `stride` elements from panel to panel.
+// Row `index` of B[k, j] in panels [width / kTileColumns, rows, kTileColumns], `stride` elements from panel to panel.
 template <typename T>
 VGGT_MV_INLINE void pack_row(const T* row, int width, int64_t index, int64_t stride, float factor, float* panels) {
   for (int column = 0; column < width; column += kTileColumns) {
     float* to = panels + column / kTileColumns * stride + index * kTileColumns;
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
-      const int left = width - column - v * kLanes;
-      Vector value = {};
-      if (left >= kLanes) {
-        value = load(row + column + v * kLanes);
-      } else if (left > 0) {
-        value = load(row + column + v * kLanes, Some{left});
-      }
-      store(to + v * kLanes, value * factor);
+      store(to + v * kLanes, load_zero_filled(row + column + v * kLanes, width - column - v * kLanes) * factor);
     }
   }
 }
 
+// The same where rows 2 i and 2 i + 1 are the halves of elements of row i. An even row leaves zeros for the odd one.
+VGGT_MV_INLINE void pack_row(const Bfloat16* row, int width, int64_t index, int64_t stride, float,
+                             Bfloat16Pair* panels) {
+  for (int column = 0; column < width; column += kTileColumns) {
+    Bfloat16Pair* to = panels + column / kTileColumns * stride + index / 2 * kTileColumns;
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      // Widened, the bits stand in the upper half.
+      const BitVector bits = bits_of(load_zero_filled(row + column + v * kLanes, width - column - v * kLanes));
+      store(to + v * kLanes, index % 2 == 0 ? bits >> 16 : operand(to + v * kLanes) | bits);
+    }
+  }
+}
+
+// `kLanes` elements of a row at `feature`, zero beyond its `width` features.
+template <typename T>
+VGGT_MV_INLINE Vector load_elements(const T* row, int feature, int width, float) {
+  return load_zero_filled(row + feature, width - feature);
+}
+
+VGGT_MV_INLINE Vector load_elements(const Bfloat16* row, int element, int width, Bfloat16Pair) {
+  const int left = width - 2 * element;
+  BitVector bits = {};
+  __builtin_memcpy(&bits, row + 2 * element, (left < 2 * kLanes ? left : 2 * kLanes) * sizeof(Bfloat16));
+  return from_bits(bits);
+}
+
+VGGT_MV_INLINE void store_elements(float* to, Vector v) { store(to, v); }
+VGGT_MV_INLINE void store_elements(Bfloat16Pair* to, Vector v) { store(to, bits_of(v)); }
+
 // The transpose of `count` <= kLanes rows as columns [first, first + kLanes) of B[k, j]: rows become columns, zero where
-// there is no row. `panel_rows` is B's number of rows, that is `width`.
-template <typename T, typename Row>
-VGGT_MV_INLINE void pack_columns(Row row, int count, int width, int64_t first, float* panels) {
-  float* to = panels + first / kTileColumns * width * kTileColumns + first % kTileColumns;
-  for (int feature = 0; feature < width; feature += kLanes) {
-    const int features = width - feature < kLanes ? width - feature : kLanes;
+// there is no row. B has as many rows as a row of `width` features has elements.
+template <typename T, typename Row, typename Element>
+VGGT_MV_INLINE void pack_columns(Row row, int count, int width, int64_t first, Element* panels) {
+  constexpr int kPack = features_in(Element{});
+  const int depth = (width + kPack - 1) / kPack;
+  Element* to = panels + first / kTileColumns * depth * kTileColumns + first % kTileColumns;
+  for (int element = 0; element < depth; element += kLanes) {
     Vector block[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      if (i >= count) {
-        block[i] = Vector{};
-      } else if (features == kLanes) {
-        block[i] = load(row(i) + feature);
-      } else {
-        block[i] = load(row(i) + feature, Some{features});
-      }
+      block[i] = i < count ? load_elements(row(i), element, width, Element{}) : Vector{};
     }
     transpose(block);
-    for (int i = 0; i < features; ++i) store(to + (feature + i) * kTileColumns, block[i]);
+    const int elements = depth - element < kLanes ? depth - element : kLanes;
+    for (int i = 0; i < elements; ++i) store_elements(to + (element + i) * kTileColumns, block[i]);
   }
 }
 

@@ -16,6 +16,9 @@ extern const CpuKernels kernels;
 namespace avx512 {
 extern const CpuKernels kernels;
 }
+namespace avx512_bf16 {
+extern const CpuKernels kernels;
+}
 
 namespace {
 
@@ -34,6 +37,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 constexpr Variant kVariants[] = {
@@ -43,6 +48,9 @@ constexpr Variant kVariants[] = {
 #endif
 #if defined(VGGT_MV_HAS_AVX512)
     {"avx512", &avx512::kernels, has_avx512},
+#endif
+#if defined(VGGT_MV_HAS_AVX512_BF16)
+    {"avx512_bf16", &avx512_bf16::kernels, has_avx512_bf16},
 #endif
 };
 

@@ -45,6 +45,13 @@ struct Half {
 struct Bfloat16 {
   uint16_t bits;
 };
+// Two bfloat16 that follow each other in memory: what the dot product of pairs multiplies.
+struct Bfloat16Pair {
+  uint32_t bits;
+};
+
+constexpr int features_in(float) { return 1; }
+constexpr int features_in(Bfloat16Pair) { return 2; }
 
 // Subtracting zero leaves every number alone and so costs nothing; adding it would turn -0 into 0.
 VGGT_MV_INLINE Vector broadcast(float value) { return value - Vector{}; }
@@ -95,7 +102,16 @@ VGGT_MV_INLINE BitVector bfloat16_bits(Vector v) {
 }
 
 VGGT_MV_INLINE Vector widen(HalfBits stored, Bfloat16) { return from_bits(zero_extend(stored) << 16); }
-VGGT_MV_INLINE HalfBits narrow(Vector v, Bfloat16) { return truncate(bfloat16_bits(v) >> 16); }
+VGGT_MV_INLINE HalfBits narrow(Vector v, Bfloat16) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {
+    return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+  }
+#endif
+  return truncate(bfloat16_bits(v) >> 16);
+}
 
 #if defined(__AVX2__)
 
@@ -153,6 +169,28 @@ VGGT_MV_INLINE HalfBits narrow(Vector v, Half) {
 
 #endif
 
+VGGT_MV_INLINE BitVector broadcast(Bfloat16Pair value) { return BitVector{} + value.bits; }
+
+VGGT_MV_INLINE BitVector operand(const Bfloat16Pair* from) {
+  BitVector v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+VGGT_MV_INLINE void store(Bfloat16Pair* to, BitVector v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+#if defined(__AVX512BF16__)
+// a.low * b.low + a.high * b.high + c. Subnormal bfloat16 count as zero.
+VGGT_MV_INLINE Vector multiply_add(BitVector a, BitVector b, Vector c) {
+  return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+
+// 2 kLanes floats, rounded to nearest, as kLanes pairs.
+VGGT_MV_INLINE void store_pairs(Bfloat16Pair* to, Vector first, Vector second) {
+  store(to, (BitVector)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+
 VGGT_MV_INLINE Vector load(const float* from) {
   Vector v;
   __builtin_memcpy(&v, from, sizeof(v));
@@ -165,6 +203,8 @@ VGGT_MV_INLINE Vector load(const T* from) {
   __builtin_memcpy(&stored, from, sizeof(stored));
   return widen(stored, T{});
 }
+
+VGGT_MV_INLINE Vector operand(const float* from) { return load(from); }
 
 VGGT_MV_INLINE void store(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
@@ -191,6 +231,12 @@ VGGT_MV_INLINE Vector load(const T* from, Some lanes) {
   T buffer[kLanes] = {};
   for (int lane = 0; lane < lanes.count; ++lane) buffer[lane] = from[lane];
   return load(buffer);
+}
+
+// A vector of which `count` elements are there, at most kLanes and perhaps none.
+template <typename T>
+VGGT_MV_INLINE Vector load_zero_filled(const T* from, int count) {
+  return count >= kLanes ? load(from) : count > 0 ? load(from, Some{count}) : Vector{};
 }
 
 template <typename T>

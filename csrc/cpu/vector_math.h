@@ -21,30 +21,51 @@ VGGT_MV_INLINE Vector maximum(Vector a, Vector b) {
 #endif
 }
 
-// exp(x) for x <= 0: relative error at most 2e-7 + 1.4e-8 |x|, zero from -88 on, NaN for NaN.
-//
-// x log2(e) = n + f with n the nearest integer; 2^f by a polynomial of degree 5, minimax in relative error on
-// [-1/2, 1/2] among those that give 1 for 0, 2^n by putting n into the exponent. The factor 2^n is multiplied, not added
-// to the exponent's bits, so that a NaN stays one. n = -127, the least, makes the factor zero.
-VGGT_MV_INLINE Vector exp_of_nonpositive(Vector x) {
+// 2^n and f of x log2(e) = n + f with n the nearest integer, for x <= 0; x under -88 counts as -88, which gives n = -127
+// and the factor zero. The factor is multiplied, not added to the exponent's bits, so that a NaN stays one.
+struct PowerOfTwo {
+  Vector fraction;
+  Vector factor;
+};
+
+VGGT_MV_INLINE PowerOfTwo power_of_two(Vector x) {
   constexpr float kLog2E = 0x1.715476p+0f;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   x = maximum(broadcast(-88.0f), x);
   const Vector shifted = multiply_add(x, broadcast(kLog2E), broadcast(kRound));
 #if defined(__FMA__) || defined(__aarch64__)
-  const Vector f = multiply_add(x, broadcast(kLog2E), kRound - shifted);
+  const Vector fraction = multiply_add(x, broadcast(kLog2E), kRound - shifted);
 #else
   // The product would be rounded: subtract n ln(2) instead, in two parts of which n times the first is exact.
   const Vector n = shifted - kRound;
-  const Vector f = (x - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f) * kLog2E;
+  const Vector fraction = (x - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f) * kLog2E;
 #endif
+  return {fraction, from_bits((bits_of(shifted) << 23) + (127u << 23))};
+}
+
+// exp(x) for x <= 0: relative error at most 2e-7 + 1.4e-8 |x|, zero from -88 on, NaN for NaN. 2^f is a polynomial of
+// degree 5, minimax in relative error on [-1/2, 1/2] among those that give 1 for 0.
+VGGT_MV_INLINE Vector exp_of_nonpositive(Vector x) {
+  const PowerOfTwo power = power_of_two(x);
+  const Vector f = power.fraction;
   Vector y = broadcast(0x1.5bba16p-10f);
   y = multiply_add(y, f, broadcast(0x1.3cea88p-7f));
   y = multiply_add(y, f, broadcast(0x1.c6b752p-5f));
   y = multiply_add(y, f, broadcast(0x1.ebf9bcp-3f));
   y = multiply_add(y, f, broadcast(0x1.62e42ap-1f));
   y = multiply_add(y, f, broadcast(1.0f));
-  return y * from_bits((bits_of(shifted) << 23) + (127u << 23));
+  return y * power.factor;
+}
+
+// The same with degree 3, for a result that is rounded to bfloat16 (2e-3): relative error at most 1.1e-4.
+VGGT_MV_INLINE Vector rough_exp_of_nonpositive(Vector x) {
+  const PowerOfTwo power = power_of_two(x);
+  const Vector f = power.fraction;
+  Vector y = broadcast(0x1.c2a216p-5f);
+  y = multiply_add(y, f, broadcast(0x1.f00c4cp-3f));
+  y = multiply_add(y, f, broadcast(0x1.62f5fap-1f));
+  y = multiply_add(y, f, broadcast(1.0f));
+  return y * power.factor;
 }
 
 // Lane by lane element index[lane] of a, then b.

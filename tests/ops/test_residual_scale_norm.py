@@ -24,7 +24,7 @@ DTYPES = {
 }
 SIZES = [(1, 1), (5, 1), (1, 7), (3, 64), (2, 1023), (2, 1024), (2, 1025), (2, 3, 67, 65)]
 NAMES = ("x", "y", "gamma", "weight", "bias")
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
