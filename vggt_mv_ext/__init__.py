@@ -1,11 +1,15 @@
 """Operators of multi-view, multi-time geometry transformers on the token grid `[B, T, N, P, ...]`.
 
-B scenes of T times seen by N views, P tokens a frame. Three operators, each a `torch.library` operator of the namespace
+B scenes of T times seen by N views, P tokens a frame. Eight operators, each a `torch.library` operator of the namespace
 `vggt_mv` with autograd, autocast rules and support for `torch.compile`:
 
 * `residual_scale_norm`: `x + gamma * y` and its LayerNorm in one pass,
 * `qk_norm_rope`: LayerNorm and 2-D rotary embedding of packed queries and keys,
-* `alternating_attention`: attention along one axis of the grid, with a rank-1 bias.
+* `alternating_attention`: attention along one axis of the grid, with a rank-1 bias,
+* `dual_stream_attention`: the same for two streams of tokens, one muting and one amplifying what a mask marks,
+* `memory_write`, `memory_read`: a few memory tokens read all tokens of the grid, and all tokens read the memory,
+* `landmark_attention`: all tokens look at a few chosen ones,
+* `block_dilated_attention`: the tokens of a frame look at those of a few neighbour frames.
 
 An operator chooses the code that runs it (see `backends`): a compiled kernel where one fits, else `reference`.
 `explain` says which and why, `backend` and `set_backend` force a choice, `build_info` says what this build holds.
@@ -21,7 +25,17 @@ from torch import Tensor
 from . import reference
 from ._version import __version__
 from .backends import BackendError, Explanation, backend, build_info, explain_choice, get_backend, set_backend
-from .ops import OPERATORS, alternating_attention, qk_norm_rope, residual_scale_norm
+from .ops import (
+    OPERATORS,
+    alternating_attention,
+    block_dilated_attention,
+    dual_stream_attention,
+    landmark_attention,
+    memory_read,
+    memory_write,
+    qk_norm_rope,
+    residual_scale_norm,
+)
 
 __all__ = [
     "BackendError",
@@ -29,9 +43,14 @@ __all__ = [
     "__version__",
     "alternating_attention",
     "backend",
+    "block_dilated_attention",
     "build_info",
+    "dual_stream_attention",
     "explain",
     "get_backend",
+    "landmark_attention",
+    "memory_read",
+    "memory_write",
     "qk_norm_rope",
     "reference",
     "residual_scale_norm",

@@ -131,10 +131,11 @@ def append_bias_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Makes `q'.k' = q.k + row_gate_i * key_bias_j / scale` by extra features, so that fused attention takes the bias.
 
-    So no `[L, L]` tensor is ever written. Inputs `q, k, v [..., h, D]`, `key_bias, row_gate [...]`; the outputs have
-    the next multiple of 8 that holds the extra features instead of D, which fused kernels ask for. In float32 and
-    float64 one feature carries the bias. In float16 and bfloat16 each factor is the sum of two parts, and three
-    features carry the products that matter, so that the bias keeps 16 bits where one rounded feature would keep 8.
+    So no `[L, L]` tensor is ever written. Inputs `q [..., h, D]` with `row_gate [...]`, `k, v [..., h, D]` with
+    `key_bias [...]`; the outputs have the next multiple of 8 that holds the extra features instead of D, which fused
+    kernels ask for. In float32 and float64 one feature carries the bias. In float16 and bfloat16 each factor is the sum
+    of two parts, and three features carry the products that matter, so that the bias keeps 16 bits where one rounded
+    feature would keep 8.
     """
     wide = accumulation_dtype(q.dtype)
     gate, bias = row_gate.to(wide), key_bias.to(wide) / scale
@@ -185,3 +186,74 @@ def alternating_attention(
     out = F.scaled_dot_product_attention(to_sequences(q), to_sequences(k), to_sequences(v), scale=scale)
     out = out[..., :width].transpose(1, 2).reshape(*(sizes[d] for d in order), heads * width)
     return out.permute(*sorted(range(4), key=order.__getitem__), 4).contiguous()
+
+
+def dual_stream_attention(
+    qkv_pose: Tensor,
+    qkv_geo: Tensor | None,
+    axis: str,
+    mask: Tensor | None,
+    lambda_pose: Tensor | None,
+    lambda_geo: Tensor | None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`alternating_attention` of two streams, with the key biases `-lambda_pose * mask` and `+lambda_geo * mask`."""
+    bias_pose, bias_geo = None, None
+    if mask is not None and lambda_pose is not None and lambda_geo is not None:
+        bias_pose, bias_geo = -lambda_pose * mask, lambda_geo * mask
+    qkv_geo = qkv_pose if qkv_geo is None else qkv_geo
+    pose = alternating_attention(qkv_pose, axis, key_bias=bias_pose, scale=scale)
+    return pose, alternating_attention(qkv_geo, axis, key_bias=bias_geo, scale=scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float | None) -> Tensor:
+    """`softmax_j(scale * q_i.k_j + key_bias_j) v_j`: q `[B, Q, h, D]`, k, v `[B, K, h, D]`, key_bias `[B, K]`."""
+    width = q.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if key_bias is not None:
+        q, k, v = append_bias_features(q, k, v, key_bias, key_bias.new_ones(q.shape[:2]), scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :width].transpose(1, 2).flatten(2)
+
+
+def memory_write(
+    qkv: Tensor, memory_qkv: Tensor, *, key_bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The memory's queries attend over its own keys, without bias, and over those of all tokens."""
+    _, k, v = qkv.flatten(1, 3).unbind(dim=2)
+    memory_q, memory_k, memory_v = memory_qkv.unbind(dim=2)
+    if key_bias is not None:
+        key_bias = F.pad(key_bias.flatten(1), (memory_k.shape[1], 0))
+    return attend(memory_q, torch.cat((memory_k, k), dim=1), torch.cat((memory_v, v), dim=1), key_bias, scale)
+
+
+def memory_read(qkv: Tensor, memory_qkv: Tensor, *, scale: float | None = None) -> Tensor:
+    """The queries of all tokens attend over the memory's keys."""
+    q = qkv[:, :, :, :, 0].flatten(1, 3)
+    return attend(q, memory_qkv[:, :, 1], memory_qkv[:, :, 2], None, scale).unflatten(1, qkv.shape[1:4])
+
+
+def landmark_attention(
+    qkv: Tensor, landmarks: Tensor, *, key_bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The queries of all tokens attend over the keys of the tokens in `landmarks`."""
+    q, k, v = qkv.flatten(1, 3).unbind(dim=2)
+    rows = landmarks[:, :, None, None].expand(-1, -1, *k.shape[2:])
+    bias = None if key_bias is None else key_bias.flatten(1).gather(1, landmarks)
+    return attend(q, k.gather(1, rows), v.gather(1, rows), bias, scale).unflatten(1, qkv.shape[1:4])
+
+
+def block_dilated_attention(
+    qkv: Tensor, neighbours: Tensor, *, key_bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Frame after frame: its queries attend over the keys of all tokens of its neighbour frames."""
+    q, k, v = (part.flatten(1, 2).unbind(dim=1) for part in qkv.unbind(dim=4))
+    bias = None if key_bias is None else key_bias.flatten(1, 2).unbind(dim=1)
+    frames = []
+    for queries, row in zip(q, neighbours.tolist(), strict=True):
+        near = [frame for frame in row if frame >= 0]
+        keys, values = (torch.cat([part[frame] for frame in near], dim=1) for part in (k, v))
+        near_bias = None if bias is None else torch.cat([bias[frame] for frame in near], dim=1)
+        frames.append(attend(queries, keys, values, near_bias, scale))
+    return torch.stack(frames, dim=1).unflatten(1, qkv.shape[1:3])

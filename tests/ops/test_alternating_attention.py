@@ -205,7 +205,7 @@ def test_opcheck(gate: str) -> None:
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_block_compiles_without_a_graph_break(compiler: str) -> None:
-    """All three operators in one graph, forward and backward."""
+    """The operators of a block in one graph, forward and backward."""
     x, width = torch.randn(1, 2, 2, 5, 16, requires_grad=True), 8
     parameters = [torch.randn(16, requires_grad=True) for _ in range(3)]
     norm = (torch.ones(width, requires_grad=True), torch.zeros(width, requires_grad=True))

@@ -125,7 +125,8 @@ def test_tensors_on_a_gpu(
 
 
 def test_explain_rejects_what_it_does_not_know() -> None:
-    names = "alternating_attention, qk_norm_rope, residual_scale_norm"
+    names = ", ".join(vggt_mv_ext.ops.OPERATORS)
+    assert names.startswith("alternating_attention, block_dilated_attention, ")
     with pytest.raises(ValueError, match=f"operator must be one of {names}; got 'softmax'"):
         explain("softmax", QKV)
     with pytest.raises(ValueError, match="the tensors of a call of qk_norm_rope must follow, got"):

@@ -1,14 +1,44 @@
 """The operators, one a file: public function, checks, registration with `torch.library`, autograd, autocast."""
 
 from . import alternating_attention as _alternating_attention
+from . import block_dilated_attention as _block_dilated_attention
+from . import dual_stream_attention as _dual_stream_attention
+from . import landmark_attention as _landmark_attention
+from . import memory_read as _memory_read
+from . import memory_write as _memory_write
 from . import qk_norm_rope as _qk_norm_rope
 from . import residual_scale_norm as _residual_scale_norm
 from .alternating_attention import alternating_attention
+from .block_dilated_attention import block_dilated_attention
+from .dual_stream_attention import dual_stream_attention
+from .landmark_attention import landmark_attention
+from .memory_read import memory_read
+from .memory_write import memory_write
 from .qk_norm_rope import qk_norm_rope
 from .residual_scale_norm import residual_scale_norm
 
 OPERATORS = {
-    module.OPERATOR.name: module.OPERATOR for module in (_alternating_attention, _qk_norm_rope, _residual_scale_norm)
+    module.OPERATOR.name: module.OPERATOR
+    for module in (
+        _alternating_attention,
+        _block_dilated_attention,
+        _dual_stream_attention,
+        _landmark_attention,
+        _memory_read,
+        _memory_write,
+        _qk_norm_rope,
+        _residual_scale_norm,
+    )
 }
 
-__all__ = ["OPERATORS", "alternating_attention", "qk_norm_rope", "residual_scale_norm"]
+__all__ = [
+    "OPERATORS",
+    "alternating_attention",
+    "block_dilated_attention",
+    "dual_stream_attention",
+    "landmark_attention",
+    "memory_read",
+    "memory_write",
+    "qk_norm_rope",
+    "residual_scale_norm",
+]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..reference import accumulation_dtype
 
 LIBRARY = torch.library.Library("vggt_mv", "DEF")
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -55,29 +58,30 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def recompute_gradients(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | Sequence[Tensor]],
     tensors: Sequence[Tensor | None],
     wanted: Sequence[bool],
-    grad_output: Tensor,
+    grad_output: Tensor | Sequence[Tensor],
     *,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of `function(*tensors)` by running it again with autograd on: the backward of every reference.
 
     Args:
-        function: differentiable PyTorch code, one tensor out.
+        function: differentiable PyTorch code.
         tensors: its tensor arguments; None where one is absent.
         wanted: which of them need a gradient.
-        grad_output: the gradient of the result.
+        grad_output: the gradient of the result, or of each of its results.
         create_graph: whether the gradients are to be differentiated again.
 
     Returns:
         One gradient for each tensor, None where none was wanted.
     """
+    device_type = (grad_output if isinstance(grad_output, Tensor) else grad_output[0]).device.type
     needed = [need and tensor is not None for tensor, need in zip(tensors, wanted, strict=True)]
     # Inside an operator PyTorch may have switched autograd off below enable_grad: any dispatch mode does.
     autograd_on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with autograd_on, torch.enable_grad(), torch.autocast(grad_output.device.type, enabled=False):
+    with autograd_on, torch.enable_grad(), torch.autocast(device_type, enabled=False):
         inputs: list[Tensor | None] = []
         for tensor, need in zip(tensors, needed, strict=True):
             if tensor is None:
@@ -87,7 +91,9 @@ def recompute_gradients(
             else:
                 inputs.append(tensor.detach().requires_grad_(need))
         chosen = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
-        found = torch.autograd.grad(function(*inputs), chosen, grad_output, create_graph=create_graph)
+        found = torch.autograd.grad(
+            function(*inputs), chosen, grad_output, create_graph=create_graph, materialize_grads=True
+        )
     gradients = iter(found)
     return [next(gradients) if need else None for need in needed]
 
@@ -140,6 +146,7 @@ def check_device(operator: str, name: str, tensor: Tensor, first_name: str, firs
         )
 
 
+AXES = ("frame", "view", "time", "global")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -151,9 +158,41 @@ def autocast_may_cast(tensor: object) -> bool:
     return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
-def check_qkv(operator: str, qkv: object) -> None:
+def check_qkv(operator: str, qkv: object, name: str = "qkv") -> None:
     """Raises unless `qkv` is a packed tensor on the token grid, `[B, T, N, P, 3, h, D]` with h, D >= 1."""
-    check_tensor(operator, "qkv", qkv)
+    check_tensor(operator, name, qkv)
     assert isinstance(qkv, Tensor)
     if qkv.dim() != 7 or qkv.shape[4] != 3 or 0 in qkv.shape[5:]:
-        raise ValueError(f"{operator}: qkv must have shape [B, T, N, P, 3, h, D] with h, D >= 1, got {list(qkv.shape)}")
+        raise ValueError(
+            f"{operator}: {name} must have shape [B, T, N, P, 3, h, D] with h, D >= 1, got {list(qkv.shape)}"
+        )
+
+
+def check_axis(operator: str, axis: object) -> None:
+    """Raises ValueError unless `axis` names an axis of the token grid."""
+    if axis not in AXES:
+        raise ValueError(f"{operator}: axis must be one of {', '.join(AXES)}; got {axis!r}")
+
+
+def check_scale(operator: str, scale: float | None) -> None:
+    """Raises ValueError unless the factor of q . k is above 0."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"{operator}: scale must be above 0 and finite, got {scale}")
+
+
+def check_same_dtype(operator: str, name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """Raises TypeError unless both tensors have one dtype."""
+    if tensor.dtype != first.dtype:
+        raise TypeError(
+            f"{operator}: {name} must have the dtype of {first_name}, {describe(first)}; got {describe(tensor)}"
+        )
+
+
+def check_wide(operator: str, name: str, tensor: Tensor, qkv_name: str, qkv: Tensor) -> None:
+    """Raises TypeError unless `tensor`, a part of the logits, has the dtype in which they are computed."""
+    wide = accumulation_dtype(qkv.dtype)
+    if tensor.dtype != wide:
+        raise TypeError(
+            f"{operator}: {name} must be {str(wide).removeprefix('torch.')} with a {qkv_name} {describe(qkv)}; "
+            f"got {describe(tensor)}"
+        )

@@ -16,7 +16,6 @@ from ..backends import Operator, choose
 from . import _common, _kernels
 
 NAME = "alternating_attention"
-AXES = ("frame", "view", "time", "global")
 
 
 def alternating_attention(
@@ -84,22 +83,16 @@ def _check(
     any_dtypes: bool = False,
 ) -> None:
     _common.check_qkv(NAME, qkv)
-    if axis not in AXES:
-        raise ValueError(f"{NAME}: axis must be one of {', '.join(AXES)}; got {axis!r}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"{NAME}: scale must be above 0 and finite, got {scale}")
+    _common.check_axis(NAME, axis)
+    _common.check_scale(NAME, scale)
     if row_gate is not None and key_bias is None:
         raise ValueError(f"{NAME}: row_gate must come with a key_bias, got row_gate alone")
     for name, tensor in (("key_bias", key_bias), ("row_gate", row_gate)):
         if tensor is None:
             continue
         _common.check_tensor(NAME, name, tensor)
-        wide = reference.accumulation_dtype(qkv.dtype)
-        if tensor.dtype != wide and not any_dtypes:
-            raise TypeError(
-                f"{NAME}: {name} must be {str(wide).removeprefix('torch.')} with a qkv {_common.describe(qkv)}; "
-                f"got {_common.describe(tensor)}"
-            )
+        if not any_dtypes:
+            _common.check_wide(NAME, name, tensor, "qkv", qkv)
         if name == "row_gate" and tensor.dim() == 1:
             _common.check_shape(NAME, name, tensor, qkv.shape[3:4], "[P] or [B, T, N, P], here [P]")
         else:
@@ -113,7 +106,8 @@ def _reference(tensors: Sequence[Any], axis: str, scale: float | None) -> Tensor
     return reference.alternating_attention(qkv, axis, key_bias=key_bias, row_gate=row_gate, scale=scale)
 
 
-def _cpu_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
+def cpu_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
+    """Why the CPU kernel cannot run this qkv, or None where it can."""
     if qkv.numel() == 0:
         return "an empty tensor needs no kernel"
     if qkv.dtype == torch.float64:
@@ -140,7 +134,7 @@ def _cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
     return None
 
 
-OPERATOR = Operator(NAME, {"cpu": _cpu_limits, "cuda": _cuda_limits})
+OPERATOR = Operator(NAME, {"cpu": cpu_limits, "cuda": _cuda_limits})
 
 
 def _run(
@@ -148,10 +142,17 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     _check(qkv, axis, key_bias, row_gate, scale)
     backend = choose(OPERATOR, qkv)
-    out, lse = _fake(qkv, axis, key_bias, row_gate, scale)
     if backend == "reference":
+        _, lse = fake(qkv, axis, key_bias, row_gate, scale)
         return _reference((qkv, key_bias, row_gate), axis, scale), lse.fill_(-torch.inf)
+    return run_kernel(backend, qkv, axis, key_bias, row_gate, scale)
 
+
+def run_kernel(
+    backend: str, qkv: Tensor, axis: str, key_bias: Tensor | None, row_gate: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` from the kernel of a backend; arguments that were checked."""
+    out, lse = fake(qkv, axis, key_bias, row_gate, scale)
     qkv = _kernels.unit_width(qkv)
     if backend == "cuda":
         qkv = _kernels.aligned_rows(qkv)
@@ -185,9 +186,10 @@ def _launch_numbers(qkv: Tensor, row_gate: Tensor | None, axis: str, scale: floa
     )
 
 
-def _fake(
+def fake(
     qkv: Tensor, axis: str, key_bias: Tensor | None, row_gate: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` without data."""
     *sizes, _, heads, width = qkv.shape
     sequences = math.prod(sizes[d] for d in reference.SEQUENCE_DIMS[axis])
     length = math.prod(sizes[d] for d in range(4) if d not in reference.SEQUENCE_DIMS[axis])
@@ -227,11 +229,11 @@ def _run_backward(
     else:
         if backend == "cpu" and lse.flatten()[0] == -torch.inf:  # the forward pass ran on the reference
             out, lse = _run(qkv, axis, key_bias, row_gate, scale)
-        gradients = _kernel_gradients(backend, grad, qkv, axis, key_bias, row_gate, scale, out, lse, wanted)
+        gradients = kernel_gradients(backend, grad, qkv, axis, key_bias, row_gate, scale, out, lse, wanted)
     return _common.pack_gradients(gradients, qkv)
 
 
-def _kernel_gradients(
+def kernel_gradients(
     backend: str,
     grad: Tensor,
     qkv: Tensor,
@@ -241,8 +243,9 @@ def _kernel_gradients(
     scale: float | None,
     out: Tensor,
     lse: Tensor,
-    wanted: list[bool],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
+    """Gradients of qkv, key_bias and row_gate from the kernel of a backend, with its forward pass's `out` and `lse`."""
     qkv, grad, out = _kernels.unit_width(qkv), grad.contiguous(), out.contiguous()
     if backend == "cuda":
         qkv, grad, out = (_kernels.aligned_rows(tensor) for tensor in (qkv, grad, out))
@@ -321,7 +324,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 # `lse`, `[sequences, h, length]`: the logarithm of every row's sum of exp(logit), for the backward pass. A kernel
 # computes it; the reference does not, and says so by -inf (which makes no gradient pass for one).
 _ARGUMENTS = "Tensor qkv, str axis, Tensor? key_bias, Tensor? row_gate, float? scale"
-_common.define(f"{NAME}({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _run, _fake, autocast=_autocast)
+_common.define(f"{NAME}({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _run, fake, autocast=_autocast)
 _common.define(
     f"{NAME}_backward(Tensor grad, {_ARGUMENTS}, Tensor out, Tensor lse, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _run_backward,
