@@ -83,7 +83,17 @@ class Attention(nn.Module):
         Returns:
             A tensor of the shape of `x`.
         """
-        y = self._attend(x, pos) if grid is None else self._attend_grid(x, grid)
+        return self.merge(self._attend(x, pos) if grid is None else self._attend_grid(x, grid))
+
+    def project(self, x: Tensor, grid: GridContext) -> Tensor:
+        """Queries and keys, normalised and rotated, and values of tokens ``[B,T,N,P,C]``: ``[B,T,N,P,3,h,D]``."""
+        if self.training and self.attn_drop > 0:
+            raise VggtMvError(f"Attention: attn_drop must be 0 on the token grid, got {self.attn_drop}")
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return self._norm_rope(qkv, grid)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """The way out of what the heads have gathered, ``[..., h * D]``: projection and dropout."""
         return self.proj_drop(self.proj(y))
 
     def _attend(self, x: Tensor, pos: Tensor | None) -> Tensor:
@@ -102,10 +112,7 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(batch, length, dim)
 
     def _attend_grid(self, x: Tensor, grid: GridContext) -> Tensor:
-        if self.training and self.attn_drop > 0:
-            raise VggtMvError(f"Attention: attn_drop must be 0 on the token grid, got {self.attn_drop}")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        qkv = self._norm_rope(qkv, grid)
+        qkv = self.project(x, grid)
         return alternating_attention(qkv, grid.axis, key_bias=grid.key_bias, row_gate=grid.row_gate, scale=self.scale)
 
     def _norm_rope(self, qkv: Tensor, grid: GridContext) -> Tensor:

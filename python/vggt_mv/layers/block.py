@@ -134,13 +134,22 @@ class Block(nn.Module):
         if normed is None:
             normed = self.norm1(x)
         y = self.attn(normed, pos=pos) if grid is None else self.attn(normed, grid=grid)
+        x, normed = self.finish(x, y, next_norm)
+        return x if grid is None else (x, normed)
+
+    def finish(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """From the attention's result `y` to the block's: both residual additions and the MLP."""
         x, normed = _add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2)
         y = self.mlp(normed)
         if next_norm is not None:
-            x, normed = _add_and_norm(x, y, self.ls2, self.drop_path2, next_norm)
-        else:
-            x, normed = x + self.drop_path2(self.ls2(y)), None
-        return x if grid is None else (x, normed)
+            return _add_and_norm(x, y, self.ls2, self.drop_path2, next_norm)
+        return x + self.drop_path2(self.ls2(y)), None
+
+    def add_attention(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """``x + ls1(y)``, the first residual addition alone, and ``next_norm`` of it if that is given."""
+        if next_norm is not None:
+            return _add_and_norm(x, y, self.ls1, self.drop_path1, next_norm)
+        return x + self.drop_path1(self.ls1(y)), None
 
 
 def run_block(
