@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/alternating_attention.h"
+#include "core/gathered_attention.h"
 #include "core/qk_norm_rope.h"
 #include "core/residual_scale_norm.h"
 #include "cpu/isa.h"
@@ -153,6 +154,30 @@ AlternatingAttentionBackwardParams attention_backward_params(Address grad_out, A
           .dtype = static_cast<DType>(dtype)};
 }
 
+GatheredAttentionParams gathered_params(Address qkv, Address memory_qkv, Address key_bias, Address listed, Address out,
+                                        Address lse, const GridSizes& grid, const QkvSteps& qkv_steps,
+                                        const TokenSteps& memory_steps, int token_keys, bool memory_queries,
+                                        int memory_tokens, int list_length, int heads, int width, float scale,
+                                        int dtype) {
+  return {.qkv = pointer<const void>(qkv),
+          .memory_qkv = pointer<const void>(memory_qkv),
+          .key_bias = pointer<const float>(key_bias),
+          .listed = pointer<const int64_t>(listed),
+          .out = pointer<void>(out),
+          .lse = pointer<float>(lse),
+          .grid = token_grid(grid),
+          .qkv_strides = qkv_strides(qkv_steps),
+          .memory_strides = {memory_steps[0], memory_steps[1], memory_steps[2], memory_steps[3]},
+          .token_keys = static_cast<TokenKeys>(token_keys),
+          .memory_queries = memory_queries,
+          .memory_tokens = memory_tokens,
+          .list_length = list_length,
+          .heads = heads,
+          .width = width,
+          .scale = scale,
+          .dtype = static_cast<DType>(dtype)};
+}
+
 QkNormRopeParams rope_params(Address qkv, Address out, Address q_weight, Address q_bias, Address k_weight,
                              Address k_bias, Address cos_sin, const GridSizes& grid, const QkvSteps& qkv_steps,
                              const QkvSteps& out_steps, int heads, int width, int special, int grid_width,
@@ -264,6 +289,7 @@ PYBIND11_MODULE(_C, module) {
   define_cpu(module, "alternating_attention", attention_params, &CpuKernels::alternating_attention);
   define_cpu(module, "alternating_attention_backward", attention_backward_params,
              &CpuKernels::alternating_attention_backward);
+  define_cpu(module, "gathered_attention", gathered_params, &CpuKernels::gathered_attention);
   define_cpu(module, "qk_norm_rope", rope_params, &CpuKernels::qk_norm_rope);
   define_cpu(module, "qk_norm_rope_backward", rope_backward_params, &CpuKernels::qk_norm_rope_backward);
   define_cpu(module, "residual_scale_norm", forward_params, &CpuKernels::residual_scale_norm);

@@ -18,12 +18,13 @@ struct GridSource {
 
   GridSource(const AlternatingAttentionParams& params, int64_t index)
       : p(params),
+        keys(sequence_length(params.grid, params.axis)),
         width(params.width),
         scale(params.scale),
         has_bias(params.key_bias != nullptr),
         sequence(index / params.heads),
         head(static_cast<int>(index % params.heads)),
-        lse(params.lse == nullptr ? nullptr : params.lse + index * sequence_length(params.grid, params.axis)) {}
+        lse(params.lse == nullptr ? nullptr : params.lse + index * keys) {}
 
   const T* part(int which, int64_t frame, int token) const {
     return static_cast<const T*>(p.qkv) + frame_offset(p.grid, p.qkv_strides.tokens, frame) +
@@ -58,6 +59,7 @@ struct GridSource {
   }
 
   const AlternatingAttentionParams& p;
+  int64_t keys;
   int width;
   float scale;
   bool has_bias;

@@ -1,7 +1,7 @@
 // softmax(scale * q k^T + gate bias^T) v of one head, wherever its queries, keys and values lie.
 //
 // An operator describes a head by a `Source`, a type with these members; T is the storage type:
-//   rows, keys, width, scale     queries, keys, features of both, the factor of q . k
+//   keys, width, scale           how many keys, features of queries and keys, the factor of q . k
 //   has_bias                     whether keys have a bias (then for_each_row_run gives gates, for_each_key_run biases)
 //   lse                          [rows] float, or null: not wanted
 //   for_each_row_run(first, count, body)   body(const T* row, stride, const float* gate, gate_stride, done, run)
@@ -58,10 +58,9 @@ constexpr int kStripRows = kStripTiles * kTileRows;
 // second-level cache of 512 KiB at D = 64.
 constexpr int kGroupElements = 24576;
 
-// How heads of `rows` queries and `keys` keys are cut up.
+// How heads of `rows` queries and at most `keys` keys are cut up.
 struct ForwardPlan {
   int64_t rows;
-  int64_t keys;
   int64_t group_rows;
   int64_t groups;        // of a head
   int key_block;         // keys of a block, a multiple of kTileColumns
@@ -73,7 +72,6 @@ struct ForwardPlan {
 static ForwardPlan make_forward_plan(int64_t heads, int64_t rows, int64_t keys, int width, int pack, int threads) {
   ForwardPlan plan;
   plan.rows = rows;
-  plan.keys = keys;
   plan.depth = (width + pack - 1) / pack;
   plan.padded_width = round_up(width, kTileColumns);
   const int64_t most = kGroupElements / plan.padded_width;
@@ -317,8 +315,8 @@ void run_group(const Source& source, const ForwardPlan& plan, int64_t group, con
     s.maximum[i] = -__builtin_inff();
     s.total[i] = 0.0f;
   }
-  for (int64_t first_key = 0; first_key < plan.keys; first_key += plan.key_block) {
-    const int64_t keys_left = plan.keys - first_key;
+  for (int64_t first_key = 0; first_key < source.keys; first_key += plan.key_block) {
+    const int64_t keys_left = source.keys - first_key;
     const int keys = static_cast<int>(keys_left < plan.key_block ? keys_left : plan.key_block);
     pack_keys(source, plan, first_key, keys, s);
     for (int row = 0; row < padded_rows; row += kStripRows) {
@@ -347,7 +345,7 @@ void run_group(const Source& source, const ForwardPlan& plan, int64_t group, con
   store_rows(source, plan, first, rows, s);
 }
 
-// Runs `heads` heads, head i described by source_of(i), all of which have `rows` queries and `keys` keys.
+// Runs `heads` heads of `rows` queries and at most `keys` keys each; source_of(i) describes head i.
 template <typename T, typename SourceOf>
 VGGT_MV_INLINE Status attend(int64_t heads, int64_t rows, int64_t keys, int width, int num_threads,
                              SourceOf source_of) {

@@ -3,7 +3,7 @@
 namespace vggt_mv::VGGT_MV_ISA {
 
 const CpuKernels kernels = {
-    alternating_attention, alternating_attention_backward, qk_norm_rope, qk_norm_rope_backward,
+    alternating_attention, alternating_attention_backward, gathered_attention, qk_norm_rope, qk_norm_rope_backward,
     residual_scale_norm,   residual_scale_norm_backward,
 };
 

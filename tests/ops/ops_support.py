@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vggt_mv_ext._extension import extension
 
+# Every instruction set that CPU kernels are compiled for; the fixture `isa` skips those that this machine lacks.
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
 # Relative Frobenius error against the float64 reference. A result is rounded once to its dtype (half a unit in the last
 # place: 2^-24, 2^-11, 2^-8) and built from inputs and intermediate results that were rounded so too; the bounds leave a
 # factor of a few for those.

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from ops_support import assert_accurate
+from ops_support import ISAS, assert_accurate
 from torch import Tensor
 
 import vggt_mv_ext
@@ -15,7 +15,6 @@ from vggt_mv_ext._extension import extension
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 AXES = ("frame", "view", "time", "global")
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 every_axis = pytest.mark.parametrize("axis", AXES)
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 needs_kernel = pytest.mark.skipif(extension is None, reason="this build has no compiled kernels")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_support import assert_accurate, strided_in_nan
+from ops_support import ISAS, assert_accurate, strided_in_nan
 from torch import Tensor
 
 import vggt_mv_ext
@@ -19,10 +19,12 @@ from vggt_mv_ext import (
     memory_write,
     reference,
 )
+from vggt_mv_ext._extension import extension
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 OPERATORS = {f.__name__: f for f in (memory_write, memory_read, landmark_attention, block_dilated_attention)}
 every_operator = pytest.mark.parametrize("name", OPERATORS)
+every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 BIASED = ("memory_write", "landmark_attention", "block_dilated_attention")
 
 Arguments = dict[str, Any]
@@ -47,6 +49,10 @@ def make_arguments(
 
 
 def naive(name: str, arguments: Arguments, scale: float) -> Tensor:
+    return naive_with_lse(name, arguments, scale)[0]
+
+
+def naive_with_lse(name: str, arguments: Arguments, scale: float) -> tuple[Tensor, Tensor]:
     """Row after row, straight from the formulas."""
     qkv, bias = arguments["qkv"], arguments.get("key_bias")
     batch, times, views, tokens, _, heads, width = qkv.shape
@@ -55,6 +61,7 @@ def naive(name: str, arguments: Arguments, scale: float) -> Tensor:
     memory = arguments.get("memory_qkv")
     rows = flat if name != "memory_write" else memory
     out = torch.full((batch, rows.shape[1], heads * width), float("nan"), dtype=qkv.dtype)
+    lse = torch.full((batch, heads, rows.shape[1]), float("nan"), dtype=qkv.dtype)
     for b, i in itertools.product(range(batch), range(rows.shape[1])):
         if name == "memory_read":
             chosen: list[int] = []
@@ -72,7 +79,8 @@ def naive(name: str, arguments: Arguments, scale: float) -> Tensor:
             logits = torch.stack([scale * rows[b, i, 0, h] @ key[1, h] + extra for key, extra in keys])
             values = torch.stack([key[2, h] for key, _ in keys])
             out[b, i, h * width : (h + 1) * width] = torch.softmax(logits, dim=0) @ values
-    return out if name == "memory_write" else out.unflatten(1, (times, views, tokens))
+            lse[b, h, i] = torch.logsumexp(logits, dim=0)
+    return out if name == "memory_write" else out.unflatten(1, (times, views, tokens)), lse
 
 
 def cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
@@ -109,6 +117,55 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
     got = OPERATORS[name](**arguments)
     assert got.dtype == dtype
     assert_accurate("out", got, getattr(reference, name)(**cast(arguments, F64)), dtype)
+
+
+# [B, T, N, P, 3, h, D], memory tokens: lists longer than a block of keys, frames shorter than a vector, odd widths.
+KERNEL_SHAPES = {
+    "one token": ((1, 1, 1, 1, 3, 1, 1), 1),
+    "odd width": ((2, 3, 1, 5, 3, 2, 7), 3),
+    "a frame and a token": ((1, 2, 2, 31, 3, 1, 64), 33),
+    "many frames": ((1, 5, 3, 67, 3, 2, 32), 32),
+    "wide": ((2, 1, 2, 40, 3, 1, 128), 17),
+}
+
+
+@every_isa
+@every_operator
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
+@pytest.mark.parametrize(("shape", "memory"), KERNEL_SHAPES.values(), ids=KERNEL_SHAPES.keys())
+@pytest.mark.usefixtures("poisoned")
+def test_kernel(isa: str, name: str, dtype: torch.dtype, shape: tuple[int, ...], memory: int) -> None:
+    """Against float64, and no worse than PyTorch in the same dtype; any number of threads gives the same bits."""
+    for bias in (True, False):
+        arguments = cast(make_arguments(name, bias=bias, shape=shape, memory=memory), dtype)
+        if name == "landmark_attention":
+            tokens = shape[1] * shape[2] * shape[3]
+            arguments["landmarks"] = torch.randint(0, tokens, (shape[0], min(300, tokens)))
+        arguments = {key: strided_in_nan(t) if "qkv" in key else t for key, t in arguments.items()}
+        exact = getattr(reference, name)(**cast(arguments, F64))
+        with vggt_mv_ext.backend("reference"):
+            eager = OPERATORS[name](**arguments)
+        with vggt_mv_ext.backend("cpu"):
+            torch.set_num_threads(1)
+            got = OPERATORS[name](**arguments)
+            torch.set_num_threads(3)
+            again = OPERATORS[name](**arguments)
+        assert_accurate(f"bias {bias}", got, exact, dtype, eager)
+        assert torch.equal(got, again)
+
+
+@pytest.mark.skipif(extension is None, reason="this build has no compiled kernels")
+@every_operator
+def test_kernel_log_sum_of_exponentials(name: str) -> None:
+    """The second result, of which the backward pass will make probabilities."""
+    arguments = cast(make_arguments(name, shape=(2, 3, 2, 9, 3, 2, 8)), F32)
+    plain = {**arguments, "scale": 0.3}
+    if name in BIASED:
+        plain.setdefault("key_bias", None)
+    order = ("qkv", "memory_qkv", "landmarks", "neighbours", "key_bias", "scale")
+    with vggt_mv_ext.backend("cpu"):
+        _, lse = getattr(torch.ops.vggt_mv, name)(*(plain[key] for key in order if key in plain))
+    assert_accurate("lse", lse, naive_with_lse(name, cast(arguments, F64), 0.3)[1], F32)
 
 
 @every_operator

@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_support import assert_accurate
+from ops_support import ISAS, assert_accurate
 from torch import Tensor
 
 import vggt_mv_ext
 from vggt_mv_ext import qk_norm_rope, reference
 from vggt_mv_ext._extension import extension
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 needs_kernel = pytest.mark.skipif(extension is None, reason="this build has no compiled kernels")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

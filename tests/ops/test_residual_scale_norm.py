@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_support import assert_accurate, compiled_isas, strided_in_nan, usable_isas, widest_tolerance
+from ops_support import ISAS, assert_accurate, compiled_isas, strided_in_nan, usable_isas, widest_tolerance
 from torch import Tensor
 
 import vggt_mv_ext
@@ -24,7 +24,6 @@ DTYPES = {
 }
 SIZES = [(1, 1), (5, 1), (1, 7), (3, 64), (2, 1023), (2, 1024), (2, 1025), (2, 3, 67, 65)]
 NAMES = ("x", "y", "gamma", "weight", "bias")
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())

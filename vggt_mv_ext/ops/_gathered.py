@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._extension import extension
 from ..backends import Operator, choose
 from ..reference import accumulation_dtype
-from . import _common
+from . import _common, _kernels
+from .alternating_attention import cpu_limits
 
 
 def check_memory(operator: str, memory_qkv: Tensor, qkv: Tensor, *, any_dtypes: bool) -> None:
@@ -78,6 +80,56 @@ def fake_results(qkv: Tensor, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
         queries = queries * size
     lse = qkv.new_empty((leading[0], heads, queries), dtype=accumulation_dtype(qkv.dtype))
     return qkv.new_empty((*leading, heads * width)), lse
+
+
+LIMITS = {"cpu": cpu_limits}
+
+
+def run_kernel(
+    qkv: Tensor,
+    memory_qkv: Tensor | None,
+    key_bias: Tensor | None,
+    listed: Tensor | None,
+    scale: float | None,
+    *,
+    token_keys: str,
+    memory_queries: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The result and lse of one of the sparse attentions by the CPU kernel, which runs all four.
+
+    Args:
+        qkv, memory_qkv, key_bias, scale: as the operators have them.
+        listed: landmarks or neighbours.
+        token_keys: which tokens of the grid are keys: `none`, `all`, `listed_tokens`, `listed_frames`.
+        memory_queries: the memory asks, not the tokens.
+    """
+    *sizes, _, heads, width = qkv.shape
+    leading: Sequence[int] = sizes
+    if memory_queries:
+        assert memory_qkv is not None
+        leading = memory_qkv.shape[:2]
+    out, lse = fake_results(qkv, leading)
+    qkv = _kernels.unit_width(qkv)
+    memory_qkv = None if memory_qkv is None else _kernels.unit_width(memory_qkv)
+    key_bias = None if key_bias is None else key_bias.contiguous()
+    listed = None if listed is None else listed.contiguous()
+    assert extension is not None
+    extension.gathered_attention_cpu(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (qkv, memory_qkv, key_bias, listed, out, lse)),
+        sizes,
+        _kernels.qkv_steps(qkv),
+        (0,) * 4 if memory_qkv is None else memory_qkv.stride()[:4],
+        _kernels.TOKEN_KEY_CODES[token_keys],
+        memory_queries,
+        0 if memory_qkv is None else memory_qkv.shape[1],
+        0 if listed is None else listed.shape[1],
+        heads,
+        width,
+        width**-0.5 if scale is None else scale,
+        _kernels.DTYPE_CODES[qkv.dtype],
+        torch.get_num_threads(),
+    )
+    return out, lse
 
 
 def define(

@@ -14,6 +14,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # The numbers of `enum class Axis` in csrc/core/token_grid.h.
 AXIS_CODES = {"frame": 0, "view": 1, "time": 2, "global": 3}
 
+# The numbers of `enum class TokenKeys` in csrc/core/gathered_attention.h.
+TOKEN_KEY_CODES = {"none": 0, "all": 1, "listed_tokens": 2, "listed_frames": 3}
+
 
 def unit_width(tensor: Tensor) -> Tensor:
     """A tensor with unit stride in its last dimension; a copy only where it has another."""

@@ -89,13 +89,17 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-OPERATOR = Operator(NAME)
+def _kernel(qkv: Tensor, neighbours: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(qkv, None, key_bias, neighbours, scale, token_keys="listed_frames")
+
+
+OPERATOR = Operator(NAME, _gathered.LIMITS)
 _gathered.define(
     OPERATOR,
     "Tensor qkv, Tensor neighbours, Tensor? key_bias, float? scale",
     check=_check_values,
     reference=_reference,
     queries=_queries,
-    kernels={},
+    kernels={"cpu": _kernel},
     kernel_gradients={},
 )

@@ -80,13 +80,17 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-OPERATOR = Operator(NAME)
+def _kernel(qkv: Tensor, landmarks: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(qkv, None, key_bias, landmarks, scale, token_keys="listed_tokens")
+
+
+OPERATOR = Operator(NAME, _gathered.LIMITS)
 _gathered.define(
     OPERATOR,
     "Tensor qkv, Tensor landmarks, Tensor? key_bias, float? scale",
     check=_check_values,
     reference=_reference,
     queries=_queries,
-    kernels={},
+    kernels={"cpu": _kernel},
     kernel_gradients={},
 )

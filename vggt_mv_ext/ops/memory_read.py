@@ -66,13 +66,17 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-OPERATOR = Operator(NAME)
+def _kernel(qkv: Tensor, memory_qkv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(qkv, memory_qkv, None, None, scale, token_keys="none")
+
+
+OPERATOR = Operator(NAME, _gathered.LIMITS)
 _gathered.define(
     OPERATOR,
     "Tensor qkv, Tensor memory_qkv, float? scale",
     check=_check,
     reference=_reference,
     queries=_queries,
-    kernels={},
+    kernels={"cpu": _kernel},
     kernel_gradients={},
 )

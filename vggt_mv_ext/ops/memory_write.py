@@ -73,13 +73,17 @@ def _queries(qkv: Tensor, memory_qkv: Tensor, *_: Any) -> Sequence[int]:
     return memory_qkv.shape[:2]
 
 
-OPERATOR = Operator(NAME)
+def _kernel(qkv: Tensor, memory_qkv: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(qkv, memory_qkv, key_bias, None, scale, token_keys="all", memory_queries=True)
+
+
+OPERATOR = Operator(NAME, _gathered.LIMITS)
 _gathered.define(
     OPERATOR,
     "Tensor qkv, Tensor memory_qkv, Tensor? key_bias, float? scale",
     check=_check,
     reference=_reference,
     queries=_queries,
-    kernels={},
+    kernels={"cpu": _kernel},
     kernel_gradients={},
 )
