@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from ops_support import TOLERANCE, assert_accurate
+from ops_support import ISAS, TOLERANCE, assert_accurate
 from torch import Tensor
 
 import vggt_mv_ext
@@ -19,7 +19,6 @@ AXES = ("frame", "view", "time", "global")
 every_axis = pytest.mark.parametrize("axis", AXES)
 shared_or_not = pytest.mark.parametrize("shared", [False, True], ids=["own qkv", "shared qkv"])
 needs_kernel = pytest.mark.skipif(extension is None, reason="this build has no compiled kernels")
-ISAS = ("portable", "avx2", "avx512")
 NAMES = ("qkv_pose", "qkv_geo", "mask", "lambda_pose", "lambda_geo")
 
 
