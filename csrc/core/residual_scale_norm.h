@@ -20,8 +20,8 @@ struct ResidualScaleNormParams {
   const void* gamma;   // [C] param_dtype
   const void* weight;  // [C] param_dtype
   const void* bias;    // [C] param_dtype
-  void* residual;      // [rows, C] x_dtype, contiguous
-  void* normed;        // [rows, C] y_dtype, contiguous
+  void* residual;      // [rows, C] x_dtype, contiguous; on a CPU `x` itself: in place
+  void* normed;        // [rows, C] y_dtype, contiguous; on a CPU `y` itself: in place
   float* mean;         // [rows]
   float* rstd;         // [rows], 1 / sqrt(variance + eps)
   int64_t rows;

@@ -122,6 +122,46 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 @every_isa
+@every_dtype
+@pytest.mark.parametrize("features", [1, 17, 1024])
+def test_results_in_the_memory_of_the_arguments(isa: str, dtypes: tuple[torch.dtype, ...], features: int) -> None:
+    inputs = make_inputs((37, features), dtypes)
+    expected = residual_scale_norm(*inputs)
+    for over_x, over_y in ((True, False), (False, True), (True, True)):
+        x, y = inputs[0].clone(), inputs[1].clone()
+        residual, normed = residual_scale_norm(x, y, *inputs[2:], overwrite_x=over_x, overwrite_y=over_y)
+        assert torch.equal(residual, expected[0])
+        assert torch.equal(normed, expected[1])
+        assert (residual is x, normed is y) == (over_x, over_y)
+        assert torch.equal(x, expected[0] if over_x else inputs[0])
+        assert torch.equal(y, expected[1] if over_y else inputs[1])
+
+
+@needs_kernel
+def test_arguments_stay_where_they_are_needed() -> None:
+    x, y, *parameters = make_inputs((4, 8), DTYPES["f32"])
+    both = {"overwrite_x": True, "overwrite_y": True}
+    kept = x.clone(), y.clone()
+    strided = torch.randn(8, 4).T
+    shared = torch.randn(4, 8)
+    expected = residual_scale_norm(shared.clone(), shared.clone(), *parameters)
+    with vggt_mv_ext.backend("reference"):
+        residual_scale_norm(x, y, *parameters, **both)
+    residual_scale_norm(x, y, parameters[0].clone().requires_grad_(), *parameters[1:], **both)
+    torch.compile(lambda a, b: residual_scale_norm(a, b, *parameters, **both), backend="aot_eager", fullgraph=True)(
+        x, y
+    )
+    assert torch.equal(x, kept[0])
+    assert torch.equal(y, kept[1])
+    before = strided.clone()
+    residual_scale_norm(x, strided, *parameters, **both)
+    assert torch.equal(strided, before)
+    assert torch.equal(x, kept[0])
+    for got, want in zip(residual_scale_norm(shared, shared, *parameters, **both), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@every_isa
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 def test_every_number_of_16_bits_survives(isa: str, dtype: torch.dtype) -> None:
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)

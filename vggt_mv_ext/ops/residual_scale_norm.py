@@ -21,7 +21,15 @@ CPU_ROW_BLOCKS = 64
 
 
 def residual_scale_norm(
-    x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    overwrite_x: bool = False,
+    overwrite_y: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Adds a scaled branch to the residual stream and normalises the sum for the next layer.
 
@@ -40,6 +48,10 @@ def residual_scale_norm(
         weight: LayerNorm's weight, `[C]`.
         bias: LayerNorm's bias, `[C]`. All three have one dtype, that of x or float32.
         eps: added to the variance, at least 0.
+        overwrite_x: `residual` may take x's memory, so that x must not be used again. It does where the CPU kernel runs
+            on contiguous tensors, no gradient is recorded and nothing is being compiled; otherwise nothing changes.
+            Fresh memory costs a CPU several times what the operator does: the system hands it out page by page.
+        overwrite_y: `normed` may take y's memory, likewise.
 
     Returns:
         `residual` in x's dtype and `normed` in y's dtype, both contiguous and shaped like x. Under autocast dtypes are
@@ -64,8 +76,20 @@ def residual_scale_norm(
     """
     if not _fits(x, y, gamma, weight, bias, eps):
         _check(x, y, gamma, weight, bias, eps, any_dtypes=_common.autocast_may_cast(x))
+    elif (overwrite_x or overwrite_y) and _may_overwrite(x, y, gamma, weight, bias):
+        residual = x if overwrite_x else torch.empty_like(x)
+        normed = y if overwrite_y else torch.empty_like(y)
+        torch.ops.vggt_mv.residual_scale_norm_out(x, y, gamma, weight, bias, eps, residual, normed)
+        return residual, normed
     residual, normed, _, _ = torch.ops.vggt_mv.residual_scale_norm(x, y, gamma, weight, bias, eps)
     return residual, normed
+
+
+def _may_overwrite(x: Tensor, y: Tensor, *parameters: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not (x.is_contiguous() and y.is_contiguous()) or choose(OPERATOR, x) != "cpu":
+        return False
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, y, *parameters))
+    return not recorded and x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
 
 
 _DTYPES = frozenset(
@@ -150,11 +174,45 @@ def _run(
         residual, normed = residual.contiguous(), normed.contiguous()
         return residual, normed, *reference.layer_norm_statistics(residual, eps)
 
+    results = _fake(x, y, gamma, weight, bias, eps)
+    _launch(backend, x, y, gamma, weight, bias, eps, results)
+    return results
+
+
+def _run_out(
+    x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, normed: Tensor
+) -> None:
+    if not _fits(x, y, gamma, weight, bias, eps):
+        _check(x, y, gamma, weight, bias, eps)
+    backend = choose(OPERATOR, x)
+    if backend != "cpu" or not (residual.is_contiguous() and normed.is_contiguous()):
+        for out, result in zip((residual, normed), _run(x, y, gamma, weight, bias, eps)):
+            out.copy_(result)
+        return
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    _launch(backend, x, y, gamma, weight, bias, eps, (residual, normed, mean, rstd))
+
+
+def _fake_out(
+    x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, normed: Tensor
+) -> None:
+    return None
+
+
+def _launch(
+    backend: str,
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     x_rows, y_rows = _kernels.as_rows(x), _kernels.as_rows(y)
     gamma, weight, bias = gamma.contiguous(), weight.contiguous(), bias.contiguous()
-    residual, normed, mean, rstd = _fake(x, y, gamma, weight, bias, eps)
     arguments = (
-        *(t.data_ptr() for t in (x_rows, y_rows, gamma, weight, bias, residual, normed, mean, rstd)),
+        *(t.data_ptr() for t in (x_rows, y_rows, gamma, weight, bias, *results)),
         x_rows.shape[0],
         x_rows.shape[1],
         x_rows.stride(0),
@@ -168,7 +226,6 @@ def _run(
     else:
         with _kernels.device_guard(x):
             extension.residual_scale_norm_cuda(*arguments, _kernels.stream_address(x))
-    return residual, normed, mean, rstd
 
 
 def _fake(
@@ -296,6 +353,12 @@ _common.define(
     _run,
     _fake,
     autocast=_autocast,
+)
+_common.define(
+    f"{NAME}_out(Tensor x, Tensor y, Tensor gamma, Tensor weight, Tensor bias, float eps, Tensor(a!) residual,"
+    " Tensor(b!) normed) -> ()",
+    _run_out,
+    _fake_out,
 )
 _common.define(
     f"{NAME}_backward(Tensor? grad_residual, Tensor? grad_normed, Tensor residual, Tensor y, Tensor gamma,"
