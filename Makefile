@@ -3,6 +3,7 @@
 #   make test        all tests
 #   make bench       all benchmarks (a while)
 #   make lint        ruff, mypy, clang-format;  make format  applies what can be applied
+#   make sanitize    the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make kernel-report  registers, spills and instructions of every CUDA kernel, for docs/kernels (needs nvcc)
 #   make gpu-check   on a machine with a GPU: build, test, measure; uses that machine's Python, installs nothing
 PYTHON ?= python3
@@ -17,7 +18,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c
 # What the compiled module is made from: a change rebuilds it. Python files need nothing, the install is editable.
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test bench lint format kernel-report gpu-check clean
+.PHONY: demo test bench lint format sanitize kernel-report gpu-check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +46,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitizers/run.py $(ARGS)
 
 kernel-report: $(STAMP)
 	$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

@@ -30,7 +30,7 @@ function(vggt_mv_add_cpu_variant isa)
     target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   endif()
   target_link_libraries(vggt_mv_cpu PUBLIC ${target})
-  if(CMAKE_NM)
+  if(CMAKE_NM AND NOT VGGT_MV_SANITIZE)  # a sanitizer adds functions of its own
     add_custom_command(TARGET ${target} POST_BUILD COMMAND
       ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLIBRARY=$<TARGET_FILE:${target}> -DISA=${isa}
         -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/CheckWeakSymbols.cmake VERBATIM)
