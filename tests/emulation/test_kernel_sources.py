@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,21 @@ def test_page_is_of_the_same_table(report: ModuleType) -> None:
 def test_every_kernel_leaves_room_for_eight_warps(report: ModuleType) -> None:
     for row in json.loads(report.TABLE.read_text())["kernels"]:
         assert row["resident_warps"] >= 8, row["name"]
+
+
+def test_rows_are_stored_in_16_bytes(report: ModuleType) -> None:
+    """The emulator counts what the source says; here is what the compiler made of it."""
+    forward = [row for row in table_rows(report) if row["name"].startswith("qk_norm_rope_kernel")]
+    assert forward
+    for row in forward:
+        counts = row["counts"]
+        assert counts["global_store"] == counts["global_store_16"] > 0, row["name"]
+        assert counts["global_load"] == counts["global_load_16"] > 0, row["name"]
+
+
+def table_rows(report: ModuleType) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(report.TABLE.read_text())["kernels"]
+    return rows
 
 
 PTXAS = """ptxas info    : 0 bytes gmem

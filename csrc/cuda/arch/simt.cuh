@@ -145,9 +145,22 @@ VGGT_MV_SIMT_DEVICE T load_global_once(const T* address) {
   return value;
 }
 
+// Wide ones by instruction: of `*address = value` the compiler may make four stores of 4 bytes.
 template <typename T>
 VGGT_MV_SIMT_DEVICE void store_global(T* address, std::type_identity_t<T> value) {
-  *address = value;
+  if constexpr (sizeof(T) == 16) {
+    uint4 bits;
+    memcpy(&bits, &value, 16);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    uint2 bits;
+    memcpy(&bits, &value, 8);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(bits.x), "r"(bits.y) : "memory");
+  } else {
+    *address = value;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------- warp collectives
