@@ -21,6 +21,7 @@
 
 #include "cuda/alternating_attention.h"
 #include "cuda/alternating_attention_backward.h"
+#include "cuda/qk_norm_rope.h"
 #include "cuda/residual_scale_norm.h"
 #endif
 
@@ -299,6 +300,13 @@ PYBIND11_MODULE(_C, module) {
   define_cuda(module, "alternating_attention", attention_params, launch_alternating_attention);
   define_cuda(module, "alternating_attention_backward", attention_backward_params,
               launch_alternating_attention_backward);
+  define_cuda(module, "qk_norm_rope", rope_params, launch_qk_norm_rope);
+  define_cuda(module, "qk_norm_rope_backward", rope_backward_params, launch_qk_norm_rope_backward);
+  module.def("qk_norm_rope_blocks", [](const GridSizes& grid) {
+    int blocks = 0;
+    check(qk_norm_rope_blocks(token_grid(grid), &blocks), "qk_norm_rope_blocks");
+    return blocks;
+  });
   define_cuda(module, "residual_scale_norm", forward_params, launch_residual_scale_norm);
   define_cuda(module, "residual_scale_norm_backward", backward_params, launch_residual_scale_norm_backward);
   module.def("residual_scale_norm_row_blocks", [](int64_t rows, int features) {

@@ -23,7 +23,11 @@ def test_the_kernel_takes(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "reason"),
     [
-        (F32, (1, 1, 1, 2, 3, 1, 64), "float32 attention is left to PyTorch: .* TF32 is not taken silently"),
+        (
+            F32,
+            (1, 1, 1, 2, 3, 1, 64),
+            "float32 attention goes to .*scaled_dot_product_attention: .* TF32 .*",
+        ),
         (F64, (1, 1, 1, 2, 3, 1, 64), "float64 runs on the reference alone"),
         (F16, (1, 1, 1, 2, 3, 1, 48), "D must be 32, 64, 96 or 128, got 48"),
         (BF16, (1, 1, 0, 2, 3, 1, 64), "an empty tensor needs no kernel"),
@@ -47,6 +51,7 @@ def test_only_rows_that_are_not_aligned_are_copied() -> None:
     assert _kernels.aligned_rows(view) is view
     one_head = torch.as_strided(qkv, (1, 2, 1, 5, 3, 1, 32), (*qkv.stride()[:5], 33, 1))  # a stride that is never taken
     assert _kernels.aligned_rows(one_head) is one_head
+    assert _kernels.qkv_steps(one_head) == (0, *qkv.stride()[1:2], 0, *qkv.stride()[3:5], 0)  # the launcher sees none
     for crooked in (offset(qkv).copy_(qkv), torch.cat((qkv, qkv[..., :1]), dim=-1)[..., :32]):
         straight = _kernels.aligned_rows(crooked)
         assert straight is not crooked

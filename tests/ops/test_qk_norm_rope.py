@@ -14,6 +14,7 @@ from torch import Tensor
 import vggt_mv_ext
 from vggt_mv_ext import qk_norm_rope, reference
 from vggt_mv_ext._extension import extension
+from vggt_mv_ext.ops.qk_norm_rope import OPERATOR
 
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 needs_kernel = pytest.mark.skipif(extension is None, reason="this build has no compiled kernels")
@@ -235,6 +236,25 @@ def test_choice_of_backend() -> None:
     assert explanation.backend == "reference"
     assert explanation.passed_over["cpu"] == "float64 runs on the reference alone"
     assert vggt_mv_ext.explain(qk_norm_rope, QKV[:0]).passed_over["cpu"] == "an empty tensor needs no kernel"
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+def test_the_cuda_kernel_takes(width: int, dtype: torch.dtype) -> None:
+    assert OPERATOR.limits["cuda"](torch.empty(1, 1, 1, 2, 3, 1, width, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason"),
+    [
+        (F64, (1, 1, 1, 2, 3, 1, 64), "float64 runs on the reference alone"),
+        (F16, (1, 1, 1, 2, 3, 1, 48), "D must be 32, 64, 96 or 128, got 48"),
+        (BF16, (1, 1, 0, 2, 3, 1, 64), "an empty tensor needs no kernel"),
+    ],
+    ids=["float64", "width", "empty"],
+)
+def test_the_cuda_kernel_passes_over(dtype: torch.dtype, shape: tuple[int, ...], reason: str) -> None:
+    assert OPERATOR.limits["cuda"](torch.empty(shape, dtype=dtype)) == reason
 
 
 # --- The CPU kernel.

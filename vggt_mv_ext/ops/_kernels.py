@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,11 +32,14 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 def qkv_steps(qkv: Tensor) -> tuple[int, ...]:
-    """Strides of `[B, T, N, P, 3, h, D]` in elements, without the last, which is 1."""
-    return qkv.stride()[:6]
+    """Strides of `[B, T, N, P, 3, h, D]` in elements, without the last, which is 1.
+
+    A dimension of size 1 may have any stride and nothing is ever multiplied by it: 0, so that no kernel minds it.
+    """
+    return tuple(0 if size == 1 else stride for size, stride in zip(qkv.shape[:6], qkv.stride(), strict=False))
 
 
-@lru_cache(maxsize=16)
+@cache  # a few KiB each, and kept for good: a captured CUDA graph reads it at its address
 def rotation_table(positions: int, pairs: int, base: float, device: torch.device) -> Tensor:
     """Cosine and sine of `position * base**(-j / pairs)`, `[positions, pairs, 2]` float32, computed in float64."""
     with torch.inference_mode(False):

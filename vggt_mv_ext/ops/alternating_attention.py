@@ -124,7 +124,10 @@ def _cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
     if qkv.numel() == 0:
         return "an empty tensor needs no kernel"
     if qkv.dtype == torch.float32:
-        return "float32 attention is left to PyTorch: there are no float32 tensor cores, and TF32 is not taken silently"
+        return (
+            "float32 attention goes to PyTorch's scaled_dot_product_attention: there are no float32 tensor cores, and "
+            "TF32 is not taken silently"
+        )
     if qkv.dtype == torch.float64:
         return "float64 runs on the reference alone"
     if qkv.shape[-1] not in CUDA_WIDTHS:

@@ -96,12 +96,12 @@ def qk_norm_rope(
 
 
 def _may_overwrite(qkv: Tensor, *norms: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or choose(OPERATOR, qkv) == "reference":
+    if torch.compiler.is_compiling() or (backend := choose(OPERATOR, qkv)) == "reference":
         return False
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (qkv, *norms)):
         return False
     repeats = any(stride == 0 and size > 1 for stride, size in zip(qkv.stride(), qkv.shape, strict=True))
-    return not repeats and _kernels.unit_width(qkv) is qkv
+    return not repeats and _readable(backend, qkv) is qkv
 
 
 def _check_norm(name: str, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -185,24 +185,36 @@ def _cpu_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
     return None
 
 
-OPERATOR = Operator(NAME, {"cpu": _cpu_limits})
+CUDA_WIDTHS = (32, 64, 96, 128)
+
+
+def _cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
+    reason = _cpu_limits(qkv)
+    if reason is None and qkv.shape[-1] not in CUDA_WIDTHS:
+        return f"D must be 32, 64, 96 or 128, got {qkv.shape[-1]}"
+    return reason
+
+
+OPERATOR = Operator(NAME, {"cpu": _cpu_limits, "cuda": _cuda_limits})
 
 
 def _run(qkv: Tensor, *arguments: Any) -> Tensor:
     _check(qkv, *arguments)
-    if choose(OPERATOR, qkv) == "reference":
+    backend = choose(OPERATOR, qkv)
+    if backend == "reference":
         return _reference((qkv, *arguments[:4]), arguments[4:])
     out = _fake(qkv)
-    _launch(_kernels.unit_width(qkv), out, arguments)
+    _launch(backend, _readable(backend, qkv), out, arguments)
     return out
 
 
 def _run_inplace(qkv: Tensor, *arguments: Any) -> None:
     _check(qkv, *arguments)
-    if choose(OPERATOR, qkv) == "reference":
+    backend = choose(OPERATOR, qkv)
+    if backend == "reference":
         qkv.copy_(_reference((qkv, *arguments[:4]), arguments[4:]))
-    elif _kernels.unit_width(qkv) is qkv:
-        _launch(qkv, qkv, arguments)
+    elif _readable(backend, qkv) is qkv:
+        _launch(backend, qkv, qkv, arguments)
     else:
         qkv.copy_(_run(qkv, *arguments))
 
@@ -211,12 +223,17 @@ def _fake_inplace(qkv: Tensor, *arguments: Any) -> None:
     return None
 
 
-def _launch(qkv: Tensor, out: Tensor, arguments: Sequence[Any]) -> None:
-    norms = [_widened(tensor) for tensor in arguments[:4]]
+def _readable(backend: str, qkv: Tensor) -> Tensor:
+    """`qkv` where the kernel can read it as it lies, else a copy."""
+    qkv = _kernels.unit_width(qkv)
+    return _kernels.aligned_rows(qkv) if backend == "cuda" else qkv
+
+
+def _launch(backend: str, qkv: Tensor, out: Tensor, arguments: Sequence[Any]) -> None:
+    norms, norm_dtype = _norm_parameters(backend, arguments[:4])
     height, width, num_special, base, eps, special_position = arguments[4:]
     table = _table(qkv, height, width, base, special_position)
-    assert extension is not None
-    extension.qk_norm_rope_cpu(
+    fields = (
         *(0 if tensor is None else tensor.data_ptr() for tensor in (qkv, out, *norms, table)),
         qkv.shape[:4],
         _kernels.qkv_steps(qkv),
@@ -227,13 +244,21 @@ def _launch(qkv: Tensor, out: Tensor, arguments: Sequence[Any]) -> None:
         special_position,
         eps,
         _kernels.DTYPE_CODES[qkv.dtype],
-        _kernels.DTYPE_CODES[torch.float32],
-        torch.get_num_threads(),
+        _kernels.DTYPE_CODES[norm_dtype],
     )
+    assert extension is not None
+    if backend == "cpu":
+        extension.qk_norm_rope_cpu(*fields, torch.get_num_threads())
+    else:
+        with _kernels.device_guard(qkv):
+            extension.qk_norm_rope_cuda(*fields, _kernels.stream_address(qkv))
 
 
-def _widened(norm: Tensor | None) -> Tensor | None:
-    return None if norm is None else norm.to(torch.float32).contiguous()
+def _norm_parameters(backend: str, norms: Sequence[Tensor | None]) -> tuple[list[Tensor | None], torch.dtype]:
+    """The norms' parameters in one dtype: float32, or on CUDA the one that all of them have, which spares the casts."""
+    dtypes = {norm.dtype for norm in norms if norm is not None}
+    dtype = dtypes.pop() if backend == "cuda" and len(dtypes) == 1 else torch.float32
+    return [None if norm is None else _kernels.aligned_rows(norm.to(dtype).contiguous()) for norm in norms], dtype
 
 
 def _table(qkv: Tensor, height: int, width: int, base: float, special_position: int) -> Tensor:
@@ -255,30 +280,35 @@ def _autocast(device_type: str, qkv: Tensor, *arguments: Any) -> tuple[Any, ...]
 def _run_backward(grad: Tensor, qkv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     norms, numbers, wanted = arguments[:4], arguments[4:10], arguments[10]
     gradients: Sequence[Tensor | None]
-    if choose(OPERATOR, qkv) == "reference":
+    backend = choose(OPERATOR, qkv)
+    if backend == "reference":
         gradients = _common.recompute_gradients(
             lambda *tensors: _reference(tensors, numbers), [qkv, *norms], wanted, grad
         )
     else:
-        gradients = _launch_backward(grad, qkv, norms, numbers, any(wanted[1:]))
+        gradients = _launch_backward(backend, grad, qkv, norms, numbers, any(wanted[1:]))
     needed = (gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
     return _common.pack_gradients(list(needed), qkv)
 
 
 def _launch_backward(
-    grad: Tensor, qkv: Tensor, norms: Sequence[Tensor | None], numbers: Sequence[Any], sums: bool
+    backend: str,
+    grad: Tensor,
+    qkv: Tensor,
+    norms: Sequence[Tensor | None],
+    numbers: Sequence[Any],
+    sums: bool,
 ) -> list[Tensor | None]:
     height, width, num_special, base, eps, special_position = numbers
-    head_width = qkv.shape[6]
-    grad, qkv = _kernels.unit_width(grad), _kernels.unit_width(qkv)
+    grad, qkv = _readable(backend, grad), _readable(backend, qkv)
     grad_qkv = qkv.new_empty(qkv.shape)
+    weights, norm_dtype = _norm_parameters(backend, (norms[0], norms[2]))
     table = _table(qkv, height, width, base, special_position)
-    blocks = min(CPU_BLOCKS, math.prod(qkv.shape[:4]))
-    partial_sums = table.new_empty((2, blocks, 2, head_width)) if sums else None
-    grad_norms = table.new_empty((2, 2, head_width)) if sums else None
-    tensors = (grad, qkv, grad_qkv, _widened(norms[0]), _widened(norms[2]), table, partial_sums, grad_norms)
-    assert extension is not None
-    extension.qk_norm_rope_backward_cpu(
+    blocks = _blocks(backend, qkv)
+    partial_sums = table.new_empty((2, blocks, 2, qkv.shape[6])) if sums else None
+    grad_norms = table.new_empty((2, 2, qkv.shape[6])) if sums else None
+    tensors = (grad, qkv, grad_qkv, *weights, table, partial_sums, grad_norms)
+    fields = (
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         qkv.shape[:4],
         *(_kernels.qkv_steps(tensor) for tensor in (grad, qkv, grad_qkv)),
@@ -289,9 +319,14 @@ def _launch_backward(
         blocks,
         eps,
         _kernels.DTYPE_CODES[qkv.dtype],
-        _kernels.DTYPE_CODES[torch.float32],
-        torch.get_num_threads(),
+        _kernels.DTYPE_CODES[norm_dtype],
     )
+    assert extension is not None
+    if backend == "cpu":
+        extension.qk_norm_rope_backward_cpu(*fields, torch.get_num_threads())
+    else:
+        with _kernels.device_guard(qkv):
+            extension.qk_norm_rope_backward_cuda(*fields, _kernels.stream_address(qkv))
     if grad_norms is None:
         return [grad_qkv, None, None, None, None]
     found = grad_norms.flatten(0, 1).unbind()
@@ -299,6 +334,15 @@ def _launch_backward(
         grad_qkv,
         *(None if norm is None else total.to(norm.dtype, copy=True) for norm, total in zip(norms, found, strict=True)),
     ]
+
+
+def _blocks(backend: str, qkv: Tensor) -> int:
+    """How many blocks of tokens leave partial sums for the gradients of the norms."""
+    if backend == "cpu":
+        return min(CPU_BLOCKS, math.prod(qkv.shape[:4]))
+    assert extension is not None
+    with _kernels.device_guard(qkv):
+        return int(extension.qk_norm_rope_blocks(qkv.shape[:4]))
 
 
 def _fake_backward(grad: Tensor, qkv: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
