@@ -120,6 +120,49 @@ def test_hooks_on_linears_and_blocks_fire_on_the_grid():
     assert seen == ["attn.qkv", "attn.proj", "attn", "mlp.fc1", "mlp.fc2", "mlp", ""]
 
 
+def test_the_mlp_runs_by_pieces_where_no_gradient_is_recorded(randomize, rel, monkeypatch):
+    """The widest tensor of a block has the rows of a piece; recorded or hooked, the MLP runs whole."""
+    block = randomize(Block(16, num_heads=2, init_values=0.1))
+    x = torch.randn(2, 3, 1, 7, 16)  # 42 tokens
+    context = GridContext(axis="view", grid_hw=(1, 5), num_special=2)
+
+    def run() -> tuple[torch.Tensor, list[int]]:
+        rows: list[int] = []
+        hook = block.mlp.fc1.register_forward_hook(lambda module, inputs, out: rows.append(out.numel() // 64))
+        y, _ = block(x, grid=context, normed=None, next_norm=None)
+        hook.remove()
+        return y, rows
+
+    whole, rows = run()
+    assert rows == [42]
+    monkeypatch.setattr("vggt_mv.layers.block.MLP_TOKENS", 20)
+    assert run()[1] == [42]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y, rows = run()
+        assert rows == [20, 20, 2]
+        assert rel(y, whole.detach()) < 1e-6
+    seen = []
+    block.mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    with torch.no_grad():
+        assert run()[1] == [42]
+    assert seen == [x.shape]
+
+
+def test_what_the_qkv_linear_wrote_is_overwritten_unless_somebody_looks(randomize, rel):
+    attention = randomize(Attention(64, num_heads=2, qk_norm=True, rope=RotaryPositionEmbedding2D()))
+    x = torch.randn(1, 1, 2, SPECIAL + 6, 64)
+    context = GridContext(axis="view", grid_hw=GRID_HW, num_special=SPECIAL)
+    recorded = attention(x, grid=context).detach()
+    seen = []
+    with torch.no_grad():
+        assert rel(attention(x, grid=context), recorded) < 1e-6
+        hook = attention.qkv.register_forward_hook(lambda module, inputs, out: seen.append((out, out.clone())))
+        assert rel(attention(x, grid=context), recorded) < 1e-6
+        hook.remove()
+    assert torch.equal(*seen[0])
+
+
 def test_stochastic_depth_is_left_to_the_plain_form(randomize):
     block = randomize(Block(16, 2, init_values=0.1, drop_path=0.9))
     x = torch.randn(64, 1, 1, SPECIAL + 6, 16)

@@ -143,4 +143,5 @@ class Attention(nn.Module):
             self.rope.base_frequency,
             eps,
             special_position=grid.special_position,
+            inplace=not self.qkv._forward_hooks,  # nobody else holds what the Linear wrote
         )

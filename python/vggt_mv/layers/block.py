@@ -17,6 +17,30 @@ from vggt_mv_ext import residual_scale_norm
 
 __all__ = ["Block", "norm1", "run_block"]
 
+# How many tokens the MLP takes at a time where no gradient is recorded. Its hidden layer is four times as wide as the
+# tokens, twice over with the activation's result: for a whole long sequence it would be most of the memory that a frame
+# costs. 16384 tokens (18 frames of 336 x 518) are 4096 tiles of a matrix product: more fill no GPU better.
+MLP_TOKENS = 16384
+
+
+def _run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """``mlp(x)``, in inference by pieces of `MLP_TOKENS` tokens, which share the memory of the hidden layer.
+
+    Hooks on the MLP see it whole, and so its input; those on its parts see the pieces.
+    """
+    tokens = x.numel() // x.shape[-1]
+    hooked = mlp._forward_hooks or mlp._forward_pre_hooks
+    if tokens <= MLP_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked:
+        return mlp(x)
+    pieces = x.reshape(tokens, x.shape[-1]).split(MLP_TOKENS)
+    first = mlp(pieces[0])
+    y = first.new_empty(tokens, first.shape[-1])
+    y[:MLP_TOKENS] = first
+    del first
+    for i, piece in enumerate(pieces[1:], 1):
+        y[i * MLP_TOKENS : (i + 1) * MLP_TOKENS] = mlp(piece)
+    return y.view(*x.shape[:-1], -1)
+
 
 def _add_and_norm(
     x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath, norm: nn.Module
@@ -140,7 +164,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """From the attention's result `y` to the block's: both residual additions and the MLP."""
         x, normed = _add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2)
-        y = self.mlp(normed)
+        y = _run_mlp(self.mlp, normed)
         if next_norm is not None:
             return _add_and_norm(x, y, self.ls2, self.drop_path2, next_norm)
         return x + self.drop_path2(self.ls2(y)), None
