@@ -7,6 +7,7 @@ from typing import Any
 
 from gpu_measure import measure, relative_error
 
+FLEX_LENGTHS = (1024, 4096, 32768)  # flex_attention compiles for every length anew, some seconds each
 TOKENS, CHANNELS, HEADS, WIDTH = 1374, 1024, 16, 64  # a frame of 518 x 518 in the 1.2 B model
 
 
@@ -15,8 +16,26 @@ def over_ours(medians: dict[str, float]) -> dict[str, float]:
     return {f"{name}_over_ours": round(value / medians["ours"], 2) for name, value in medians.items() if name != "ours"}
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile, for these shapes alone: earlier cases must not make it general, or give up."""
+    import torch
+
+    torch._dynamo.reset()
+    result: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return result
+
+
+def copying(moved_bytes: int, device: str) -> Callable[[], Any]:
+    """A copy that reads and writes `moved_bytes` in all: the least time that a kernel of as many can take."""
+    import torch
+
+    source = torch.empty(moved_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def step_residual_scale_norm(frame_counts: Sequence[int] = (1, 10, 100), device: str = "cuda") -> list[dict[str, Any]]:
-    """`residual_scale_norm`, forward, beside eager and torch.compile, as bytes per second."""
+    """`residual_scale_norm`, forward, beside a copy of as many bytes, eager and torch.compile."""
     import torch
 
     import vggt_mv_ext
@@ -45,20 +64,22 @@ def step_residual_scale_norm(frame_counts: Sequence[int] = (1, 10, 100), device:
                 raise RuntimeError(
                     f"residual_scale_norm {tuple(x.shape)} {x_dtype}/{y_dtype}: errors {errors} against fp64"
                 )
+            moved = 2 * (x.nbytes + y.nbytes)
             times = {
                 "ours": measure(ours, device=device),
+                "copy": measure(copying(moved, device), device=device),
                 "eager": measure(eager, device=device),
-                "torch_compile": measure(torch.compile(eager), device=device),
+                "torch_compile": measure(compiled(eager), device=device),
             }
             medians = {name: timing["median_ms"] for name, timing in times.items()}
             case = {"frames": frames, "dtypes": f"{x_dtype}/{y_dtype}".replace("torch.", ""), "errors": errors}
-            bandwidth = {"gb_per_s": round(2 * (x.nbytes + y.nbytes) / medians["ours"] / 1e6, 1)}
+            bandwidth = {"gb_per_s": round(moved / medians["ours"] / 1e6, 1)}
             rows.append({**case, **times, **bandwidth, **over_ours(medians)})
     return rows
 
 
 def step_qk_norm_rope(frame_counts: Sequence[int] = (1, 10, 100), device: str = "cuda") -> list[dict[str, Any]]:
-    """`qk_norm_rope`, forward, beside eager and torch.compile, as bytes per second."""
+    """`qk_norm_rope`, forward, new and in place, beside a copy of as many bytes, eager and torch.compile."""
     import torch
 
     import vggt_mv_ext
@@ -68,10 +89,16 @@ def step_qk_norm_rope(frame_counts: Sequence[int] = (1, 10, 100), device: str = 
     for frames in frame_counts:
         for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
             qkv = torch.randn(1, 1, frames, TOKENS, 3, HEADS, WIDTH, device=device).to(dtype)
+            scratch = qkv.clone()
             norms = [tuple(torch.randn(WIDTH, device=device) for _ in range(2)) for _ in range(2)]
 
             def ours(qkv: Any = qkv, norms: Any = norms) -> Any:
-                return vggt_mv_ext.qk_norm_rope(qkv, *norms, grid_hw, special)
+                with vggt_mv_ext.backend(device):
+                    return vggt_mv_ext.qk_norm_rope(qkv, *norms, grid_hw, special)
+
+            def inplace(scratch: Any = scratch, norms: Any = norms) -> Any:
+                with vggt_mv_ext.backend(device):
+                    return vggt_mv_ext.qk_norm_rope(scratch, *norms, grid_hw, special, inplace=True)
 
             def eager(qkv: Any = qkv, norms: Any = norms) -> Any:
                 return vggt_mv_ext.reference.qk_norm_rope(qkv, *norms, grid_hw, special)
@@ -80,12 +107,17 @@ def step_qk_norm_rope(frame_counts: Sequence[int] = (1, 10, 100), device: str = 
             error = relative_error(ours()[:, :, :1], expected)
             if not error < tolerance:
                 raise RuntimeError(f"qk_norm_rope {tuple(qkv.shape)} {dtype}: error {error} against fp64")
-            times = {"ours": measure(ours, device=device), "eager": measure(eager, device=device)}
-            times["torch_compile"] = measure(torch.compile(eager), device=device)
+            times = {
+                "ours": measure(ours, device=device),
+                "copy": measure(copying(2 * qkv.nbytes, device), device=device),
+                "ours_inplace": measure(inplace, device=device),
+                "copy_inplace": measure(copying(2 * qkv.nbytes * 2 // 3, device), device=device),
+                "eager": measure(eager, device=device),
+                "torch_compile": measure(compiled(eager), device=device),
+            }
             medians = {name: timing["median_ms"] for name, timing in times.items()}
             rows.append(
                 {"frames": frames, "dtypes": str(dtype).removeprefix("torch."), "error": error, **times}
-                | {"backend": vggt_mv_ext.explain("qk_norm_rope", qkv).backend}
                 | {"gb_per_s": round(2 * qkv.nbytes / medians["ours"] / 1e6, 1)}
                 | over_ours(medians)
             )
@@ -116,19 +148,19 @@ def attention_peers(q: Any, k: Any, v: Any, gate: Any, bias: Any) -> dict[str, C
         wide_k = torch.cat([k, scaled[None, None, :, None].expand(*k.shape[:-1], 1), filling], -1)
         wide_v = torch.cat([v, filling, filling[..., :1]], -1)
         peers = {f"{name}_padded": sdpa(backend, wide_q, wide_k, wide_v) for name, backend in names.items()}
-    if q.device.type == "cuda":
+    if q.device.type == "cuda" and q.shape[2] in FLEX_LENGTHS:
         from torch.nn.attention.flex_attention import flex_attention
 
         def score(s: Any, batch: Any, head: Any, row: Any, column: Any) -> Any:
             return s if bias is None else s + gate[row] * bias[column]
 
-        compiled = torch.compile(flex_attention, dynamic=False)
-        peers["flex"] = lambda: compiled(q, k, v, score_mod=score, scale=WIDTH**-0.5)
+        flex = compiled(flex_attention)
+        peers["flex"] = lambda: flex(q, k, v, score_mod=score, scale=WIDTH**-0.5)
     return peers
 
 
 def step_alternating_attention(
-    lengths: Sequence[int] = (1024, 4096, 10992, 32768), device: str = "cuda"
+    lengths: Sequence[int] = (1024, 4096, 8192, 16384, 32768), device: str = "cuda"
 ) -> list[dict[str, Any]]:
     """Attention over L tokens, D = 64, 16 heads, bf16, with and without bias, beside torch's kernels: TFLOP/s."""
     import torch
@@ -145,7 +177,8 @@ def step_alternating_attention(
             grid = {"key_bias": bias.view(1, 1, 1, -1), "row_gate": gate} if bias is not None else {}
 
             def ours(qkv: Any = qkv, grid: Any = grid) -> Any:
-                return vggt_mv_ext.alternating_attention(qkv, "frame", **grid)
+                with vggt_mv_ext.backend(device):
+                    return vggt_mv_ext.alternating_attention(qkv, "frame", **grid)
 
             short = min(length, 2048)  # correctness on the first rows, in float64
             logits = q[..., :short, :].double() @ k.double().transpose(-1, -2) * WIDTH**-0.5
@@ -166,8 +199,9 @@ def step_alternating_attention(
             flops = 4 * length**2 * WIDTH * HEADS
             rows.append(
                 {"length": length, "bias": with_bias, "error": error, **times}
-                | {"backend": vggt_mv_ext.explain("alternating_attention", qkv).backend}
                 | {"tflop_per_s": {name: float(f"{flops / median / 1e9:.4g}") for name, median in medians.items()}}
                 | over_ours(medians)
             )
+            if with_bias:
+                rows[-1]["over_no_bias"] = round(medians["ours"] / rows[-2]["ours"]["median_ms"], 3)
     return rows

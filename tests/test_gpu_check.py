@@ -31,17 +31,19 @@ def test_fails_and_does_not_skip_without_a_gpu() -> None:
     assert "no CUDA device found" in done.stderr
 
 
-def test_results_are_on_disk_after_every_step(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_results_are_on_disk_around_every_step(gpu_check: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    seen: list[int] = []
+    seen: list[str] = []
 
     def look() -> str:
-        seen.append(len(json.loads(path.read_text())["steps"]) if path.exists() else 0)
+        *before, own = json.loads(path.read_text())["steps"]
+        assert [step["status"] for step in before] == ["ok"] * len(seen)
+        seen.append(own["status"])
         return "done"
 
     steps = [gpu_check.Step(name, look, 0.0) for name in ("first", "second", "third")]
     report = gpu_check.run_steps(steps, path, 60.0, {"commit": "c0ffee"})
-    assert seen == [0, 1, 2]
+    assert seen == ["running", "running", "running"]
     assert report["ok"] is True
     assert json.loads(path.read_text()) == report
     assert report["commit"] == "c0ffee"
@@ -67,6 +69,40 @@ def test_a_step_without_time_left_is_not_run_and_not_ok(gpu_check: ModuleType, t
     assert "needs about 100 s" in report["steps"][0]["error"]
 
 
+def test_a_command_that_hangs_is_ended(gpu_check: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="was still running after 2 s:\nhalf way"):
+        gpu_check._command([sys.executable, "-c", "import time; print('half way', flush=True); time.sleep(60)"], 2.0)
+
+
+def test_a_kernel_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    """The process itself cannot go on: the file says in which step it was."""
+    path = tmp_path / "results.json"
+    script = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_check
+steps = [gpu_check.Step("fine", dict, 0.0), gpu_check.Step("stuck", lambda: time.sleep(60), 0.0)]
+gpu_check.run_steps_within(steps, Path({str(path)!r}), 1.0, {{}}, grace_s=0.5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert [step["status"] for step in json.loads(path.read_text())["steps"]] == ["ok", "running"]
+
+
+def test_the_sanitizer_runs_tests_that_exist(gpu_check: ModuleType) -> None:
+    for name in gpu_check.SANITIZED:
+        path, function = name.split("::")
+        assert f"def {function}(" in (SCRIPT.parents[1] / path).read_text(), name
+
+
+def test_what_each_frame_more_costs(gpu_check: ModuleType) -> None:
+    rows = [{"frames": 10, "aggregator": {"peak_gib": 3.0}}, {"frames": 20, "aggregator": {"peak_gib": 4.0}}]
+    assert gpu_check.extra_frame_mb(rows) == 107.4
+    assert gpu_check.extra_frame_mb(rows[:1]) is None
+
+
 def test_a_nan_never_passes(gpu_check: ModuleType) -> None:
     relative_error = sys.modules["gpu_measure"].relative_error
     reference = torch.ones(4)
@@ -80,7 +116,7 @@ def test_the_measurements_themselves_run(
     """The code that measures on a GPU, on the CPU and at a small size: that it is right Python and what it reports."""
     operators = sys.modules["gpu_operators"]
     monkeypatch.setattr(operators, "TOKENS", 37 * 37)
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # compiling takes longer than all of this
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiling takes longer than all of this
     measure = gpu_check.measure
     quick = {"warmup": 0, "repeats": 1}
     for module in (gpu_check, operators):
@@ -88,14 +124,18 @@ def test_the_measurements_themselves_run(
     rows = gpu_check.step_model("auto", (1, 2), 28, 28, config="vggt_mv_demo", device="cpu")
     assert [row["frames"] for row in rows] == [1, 2]
     assert all(row["aggregator"]["median_ms"] > 0 and row["model"]["median_ms"] > 0 for row in rows)
+    steps = {"eager_1b": rows, "auto_1b": rows}
     rows = gpu_check.step_residual_scale_norm((1,), device="cpu")
     assert {row["dtypes"] for row in rows} == {"float32/bfloat16", "bfloat16/bfloat16", "float32/float32"}
-    assert all(row["gb_per_s"] > 0 and max(row["errors"]) < 1e-2 for row in rows)
-    steps = {"residual_scale_norm": rows, "qk_norm_rope": gpu_check.step_qk_norm_rope((1,), device="cpu")}
+    assert all(row["gb_per_s"] > 0 and max(row["errors"]) < 1e-2 and row["copy_over_ours"] > 0 for row in rows)
+    steps |= {"residual_scale_norm": rows, "qk_norm_rope": gpu_check.step_qk_norm_rope((1,), device="cpu")}
     steps["alternating_attention"] = gpu_check.step_alternating_attention((70,), device="cpu")
     assert [row["bias"] for row in steps["alternating_attention"]] == [False, True]
     assert all(row["tflop_per_s"]["ours"] > 0 for row in steps["alternating_attention"])
+    assert steps["alternating_attention"][1]["over_no_bias"] > 0
+    assert all(row["copy_inplace"]["median_ms"] > 0 for row in steps["qk_norm_rope"])
     entries = [{"name": name, "status": "ok", "seconds": 1.0, "result": rows} for name, rows in steps.items()]
     gpu_check.print_table({"ok": True, "steps": entries})
     table = capsys.readouterr().out
-    assert all(name in table for name in ("residual_scale_norm", "qk_norm_rope", "attention L     70 bias TFLOP/s"))
+    expected = ("residual_scale_norm", "qk_norm_rope", "attention L     70 bias TFLOP/s", "eager / ours 1.00")
+    assert all(text in table for text in expected), table

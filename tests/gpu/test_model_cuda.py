@@ -65,6 +65,28 @@ def test_tracker(name: str) -> None:
             assert relative_error(value, fixture.arrays[f"{key}_{iterations}"]) < tolerance, key
 
 
+def test_the_aggregator_in_a_cuda_graph() -> None:
+    """Nothing in it waits for the host: captured once, replayed on other images."""
+    torch.manual_seed(0)
+    aggregator = build_model("vggt_mv_demo", device="cuda").aggregator
+    images = torch.rand(1, 2, 2, 3, 112, 168, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                aggregator(images)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = aggregator(images)[0]
+        images.copy_(torch.rand_like(images))
+        graph.replay()
+        expected = aggregator(images)[0]
+    for found, wanted in zip(captured, expected, strict=True):
+        assert relative_error(found, wanted) < 1e-2
+
+
 def test_a_whole_model_makes_finite_predictions() -> None:
     torch.manual_seed(0)
     model = build_model("vggt_mv_demo", device="cuda")
