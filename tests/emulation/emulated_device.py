@@ -63,6 +63,15 @@ def guarded_copy(source: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def far_apart(source: torch.Tensor, dim: int) -> torch.Tensor:
+    """`source` with 2^31 and some elements from one to the next along `dim`; only pages that are touched exist."""
+    stride = 2**31 + 64
+    strides = list(source.contiguous().stride())
+    strides[dim] = stride
+    length = 1 + sum((size - 1) * step for size, step in zip(source.shape, strides, strict=True))
+    return torch.empty(length, dtype=source.dtype).as_strided(source.shape, strides).copy_(source)
+
+
 def span_bytes(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last, gaps of its strides included."""
     if tensor.numel() == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated_device import EmulatedDevice, EmulationError, guarded, guarded_copy
+from emulated_device import EmulatedDevice, EmulationError, far_apart, guarded, guarded_copy
 from torch import Tensor
 
 from vggt_mv_ext import reference
@@ -204,6 +204,16 @@ def test_strided_qkv(emulated: EmulatedDevice, layout: str, axis: str) -> None:
     problem.qkv = strided(problem.qkv, layout)
     assert not problem.qkv.is_contiguous()
     with emulated.session("reverse"):
+        out, lse = run(emulated, problem)
+    check(problem, out, lse)
+
+
+@pytest.mark.parametrize("axis", ["frame", "view"])
+def test_offsets_beyond_31_bits(emulated: EmulatedDevice, axis: str) -> None:
+    """Two views 2^31 elements apart: two sequences, or one whose tile of keys runs over the jump."""
+    problem = make_problem(F16, 32, (1, 1, 2, 10), axis, heads=2)
+    problem.qkv = far_apart(problem.qkv, 2)
+    with emulated.session():
         out, lse = run(emulated, problem)
     check(problem, out, lse)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_device import EmulatedDevice, EmulationError, guarded, guarded_copy
+from emulated_device import EmulatedDevice, EmulationError, far_apart, guarded, guarded_copy
 from torch import Tensor
 
 from vggt_mv_ext import reference
@@ -271,6 +271,15 @@ def test_strided_qkv_and_gradient(emulated: EmulatedDevice, axis: str, layout: s
     if layout != "gap":  # the gaps of the gradient are still what they were
         storage = torch.as_strided(grad_qkv, (16,), (1,), grad_qkv.storage_offset() - 16)
         assert storage.isnan().all()
+
+
+@pytest.mark.parametrize("axis", ["frame", "view"])
+def test_offsets_beyond_31_bits(emulated: EmulatedDevice, axis: str) -> None:
+    problem = make_problem(F16, 32, grid=(1, 1, 2, 10), heads=2, axis=axis)
+    problem.qkv = far_apart(problem.qkv, 2)
+    with emulated.session():
+        gradients = run(emulated, problem)
+    check(problem, gradients)
 
 
 @pytest.mark.parametrize("width", [64, 128])

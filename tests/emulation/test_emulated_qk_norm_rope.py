@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from emulated_device import EmulatedDevice, EmulationError, guarded, guarded_copy
+from emulated_device import EmulatedDevice, EmulationError, far_apart, guarded, guarded_copy
 from torch import Tensor
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -221,6 +221,18 @@ def test_forward_of_strided_qkv(emulated: EmulatedDevice, layout: str) -> None:
     with emulated.session("reverse"):
         out = run_forward(emulated, problem)
     check_forward(problem, problem.qkv, out)
+
+
+def test_offsets_beyond_31_bits(emulated: EmulatedDevice) -> None:
+    problem = make_problem((F16, F32), 64, frames=(1, 2, 1))
+    problem.qkv = far_apart(problem.qkv, 1)
+    grad_out = far_apart(gradient_of(problem), 1)
+    with emulated.session():
+        out = run_forward(emulated, problem)
+    check_forward(problem, problem.qkv, out)
+    with emulated.session():
+        gradients = run_backward(emulated, problem, grad_out, blocks=2, norm_gradients=True)
+    check_backward(problem, grad_out, *gradients)
 
 
 def test_every_byte_is_moved_once(emulated: EmulatedDevice) -> None:
