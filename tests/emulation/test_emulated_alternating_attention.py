@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from emulated_device import EmulatedDevice, EmulationError, far_apart, guarded, 
 from torch import Tensor
 
 from vggt_mv_ext import reference
+
+operator = importlib.import_module("vggt_mv_ext.ops.alternating_attention")  # the function of that name hides it
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPE_NUMBERS = {F32: 0, F16: 1, BF16: 2}
@@ -359,3 +364,73 @@ def test_a_bias_that_is_too_short_is_seen(emulated: EmulatedDevice) -> None:
     problem.key_bias = guarded_copy(problem.key_bias[..., :19])
     with pytest.raises(EmulationError, match="past the end of 'key_bias'"), emulated.session():
         run(emulated, problem)
+
+
+class EmulatedExtension:
+    """The compiled module's function by the emulator's: registers what the operator allocates and passes it on."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self.device = device
+
+    def alternating_attention_cuda(self, *arguments: Any) -> None:
+        addresses, (grid, qkv_steps, gate_steps, axis, heads, width, scale, dtype, stream) = (
+            arguments[:5],
+            arguments[5:],
+        )
+        assert stream == 7
+        tokens = math.prod(grid)
+        ends = [
+            sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+            for shape, steps in (((*grid, 3, heads), qkv_steps), (grid, gate_steps))
+        ]
+        sizes = (2 * (ends[0] + width), 4 * tokens, 4 * (ends[1] + 1), 2 * tokens * heads * width, 4 * tokens * heads)
+        for i, (address, size) in enumerate(zip(addresses, sizes, strict=True)):
+            if address:
+                self.device.library.emulator_register(address, size, f"argument {i}".encode(), int(i >= 3))
+        status = self.device.library.emulated_alternating_attention(
+            *(ctypes.c_void_p(address or None) for address in addresses),
+            (ctypes.c_int * 4)(*grid),
+            longs(qkv_steps),
+            longs(gate_steps),
+            axis,
+            heads,
+            width,
+            ctypes.c_float(scale),
+            dtype,
+        )
+        assert status == 0 or self.device.reports(), f"cudaError_t {status}"
+
+
+@pytest.mark.parametrize("gate", ["no bias", "none", "token", "full"])
+@pytest.mark.parametrize("layout", ["contiguous", "heads-first", "misaligned", "one head, odd stride"])
+def test_the_operator_hands_over_what_the_launcher_expects(
+    emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, layout: str, gate: str
+) -> None:
+    """The operator's own code for CUDA, on the CPU."""
+    one_head = layout == "one head, odd stride"
+    problem = make_problem(
+        F16,
+        32,
+        (1, 2, 2, 9),
+        "time",
+        heads=1 if one_head else 2,
+        bias=gate != "no bias",
+        gate="none" if gate == "no bias" else gate,
+    )
+    qkv = problem.qkv
+    if layout == "heads-first":
+        qkv = strided(qkv, layout)
+    elif layout == "misaligned":
+        qkv = guarded((qkv.numel() + 1,), F16)[1:].view(qkv.shape).copy_(qkv)
+    elif one_head:
+        qkv = qkv.as_strided(qkv.shape, (*qkv.stride()[:5], 33, 1))
+    monkeypatch.setattr(operator, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(operator, "extension", EmulatedExtension(emulated))
+    monkeypatch.setattr(operator._kernels, "stream_address", lambda tensor: 7)
+    monkeypatch.setattr(operator._kernels, "device_guard", lambda tensor: nullcontext())
+    with emulated.session("random", 1):
+        out, lse = torch.ops.vggt_mv.alternating_attention(
+            qkv, "time", problem.key_bias, problem.row_gate, problem.scale
+        )
+        assert emulated.launches() == 1
+    check(problem, out, lse)
