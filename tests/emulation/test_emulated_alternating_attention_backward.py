@@ -480,7 +480,7 @@ def test_the_operator_hands_over_what_the_launcher_expects(
     out, lse = forward(problem)
     wanted = [True, gate != "none", gate != "none"]
     with emulated.session():
-        grad_qkv, grad_key_bias, grad_row_gate = operator._kernel_gradients(
+        grad_qkv, grad_key_bias, grad_row_gate = operator.kernel_gradients(
             "cuda",
             problem.grad_out.flatten(-2),
             qkv,
