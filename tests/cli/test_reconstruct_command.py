@@ -153,11 +153,19 @@ def saved(tmp_path: Path, small_config: dict[str, Any]) -> Path:
 
 
 def test_weights_bring_their_configuration(
-    vggt_mv: Run, images: Path, saved: Path, small_config: dict[str, Any], tmp_path: Path
+    vggt_mv: Run,
+    images: Path,
+    saved: Path,
+    small_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
+    monkeypatch.setenv("FORCE_COLOR", "1")
     result = vggt_mv("reconstruct", images, "-o", out, "--weights", saved)
     assert result.code == 0, result.stderr
+    assert "checking weights" in result.stderr
+    assert "loading weights" in result.stderr
     report = report_of(out)
     assert report["weights"]["random"] is False
     assert str(saved) in report["weights"]["description"]
@@ -220,6 +228,8 @@ BAD_OPTIONS: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown key in config": (config('{"dept": 3}'), r"unknown option 'dept'; the nearest known one is 'depth'"),
     "config is no JSON": (config("{"), r"config\.json: must be a JSON file"),
     "config is no object": (config("[]"), r"config\.json: must hold a JSON object, got list"),
+    "value of another type in config": (config('{"depth": "4"}'), r"config\.json: depth must be int, got '4'"),
+    "size of nothing in config": (config('{"patch_size": 0}'), r"config\.json: no model has these sizes .*; correct"),
     "bad value in config": (config('{"depth": 0}'), r"depth must be a positive multiple"),
     "dtype": (["--random-weights", "--dtype", "float8"], r"dtype must be 'auto', .* got 'float8'"),
     "float16 on cpu": (["--random-weights", "--dtype", "float16", "--device", "cpu"], r"'float16' is not supported"),

@@ -45,7 +45,7 @@ def grid(paint: Paint, tmp_path: Path) -> Path:
 def film(tmp_path: Path) -> Callable[..., Path]:
     """``film("a.mp4", levels, rate)`` writes a video whose frame i is grey of ``levels[i]``, its upper left quarter
     red."""
-    av = pytest.importorskip("av", reason="PyAV is not installed (pip install 'vggt_mv[video]')")
+    av = pytest.importorskip("av", reason="PyAV is not installed (pip install av)")
 
     def film(
         name: str,

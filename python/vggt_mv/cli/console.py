@@ -16,6 +16,8 @@ from vggt_mv.errors import VggtMvError
 _STAGES = {
     "render": "rendering",
     "check": "checking files",
+    "weights check": "checking weights",
+    "weights write": "loading weights",
     "images": "reading images",
     "patch_embed": "patch embedding",
     "attention": "attention",
@@ -64,6 +66,10 @@ class Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._add(_STAGES.get(stage, stage), total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def loading(self, stage: str, done: int, total: int) -> None:
+        """The callback of functions that load weights, which count bytes; the bars count megabytes."""
+        self(f"weights {stage}", done // 1_000_000, max(total // 1_000_000, 1))
 
     @contextlib.contextmanager
     def busy(self, description: str) -> Iterator[None]:

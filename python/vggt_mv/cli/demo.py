@@ -77,7 +77,14 @@ def demo(
         # From the files, as a user's own images come.
         scene = open_scene(staging / "scene")
         with bars.busy("loading model"):
-            model = load_model(weights, config=chosen, random_weights=weights is None, seed=seed, device=place)
+            model = load_model(
+                weights,
+                config=chosen,
+                random_weights=weights is None,
+                seed=seed,
+                device=place,
+                progress=bars.loading,
+            )
         how: Any = {"dtype": dtype}  # checked above, whatever its type here
         if model.track_head is not None:
             how["query_points"] = truth.query_points

@@ -107,7 +107,9 @@ def reconstruct(
         )
         plan_transforms(scene, image_size=image_size, mode=how["preprocess"])
         with bars.busy("loading model"):
-            model = load_model(weights, config=chosen, random_weights=random_weights, seed=seed, device=place)
+            model = load_model(
+                weights, config=chosen, random_weights=random_weights, seed=seed, device=place, progress=bars.loading
+            )
         result = reconstruct(scene, model, image_size=image_size, progress=bars, **how)
         result.report["model"]["config"] = chosen if isinstance(chosen, dict) else str(chosen)
         write_outputs(result, staging, conf_percentile=conf_percentile, progress=bars)

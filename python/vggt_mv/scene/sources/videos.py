@@ -1,9 +1,9 @@
-"""Videos, through PyAV (``pip install 'vggt_mv[video]'``): indexed and checked without decoding, decoded in order.
+"""Videos, through PyAV (``pip install av``): indexed and checked without decoding, decoded in order.
 
 ``probe_video`` reads every packet of the file, which is as fast as the disk, and decodes the first frame only. That
-finds files that are cut off: packets that the header promises are missing, a packet is damaged, or all streams end
-before the container says. Formats that promise nothing (MPEG transport streams, fragmented MP4) may be cut between two
-packets without notice.
+finds files that are cut off: packets that the header promises are missing, a packet is damaged, a Matroska segment is
+longer than its file, or all streams end before the container says. Formats that promise nothing (MPEG transport
+streams, fragmented MP4) may be cut between two packets without notice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -22,6 +22,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 
 # A container's duration is rounded, and the last frame's own duration may be missing: only more than this is a cut.
 _CUT_SECONDS = 1.0
+
+_EBML_HEADER, _MATROSKA_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def probe_video(path: Path) -> Video:
     av = _import_av()
     if path.stat().st_size == 0:
         raise SceneError(f"video {str(path)!r} is empty (0 bytes); copy it again or remove it")
+    _check_segment(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -103,6 +106,33 @@ def read_frames(video: Video, indices: Sequence[int]) -> Iterator[Image.Image]:
         f"video {str(video.path)!r} is truncated or damaged: frame {target} of {video.num_frames} does not decode; "
         "copy it again or re-encode it"
     )
+
+
+def _check_segment(path: Path) -> None:
+    """A SceneError where a Matroska or WebM file is shorter than its segment: the demuxer takes that for its end."""
+    with path.open("rb") as file:
+        if file.read(4) != _EBML_HEADER or (header := _ebml_size(file)) is None:
+            return
+        file.seek(header, 1)
+        if file.read(4) != _MATROSKA_SEGMENT or (segment := _ebml_size(file)) is None:
+            return
+        promised = file.tell() + segment
+    if (there := path.stat().st_size) < promised:
+        raise SceneError(
+            f"video {str(path)!r} is truncated: its header promises {promised} bytes and {there} are there; copy it "
+            "again or re-encode it"
+        )
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """The size that stands next in an EBML file; None where it is unknown, as in live recordings, or cut off."""
+    first = file.read(1)
+    if not first or first[0] == 0:
+        return None
+    length = 9 - first[0].bit_length()  # the leading zeros say how many bytes follow
+    rest = file.read(length - 1)
+    value = int.from_bytes(first + rest, "big") & ((1 << 7 * length) - 1)
+    return None if len(rest) < length - 1 or value == (1 << 7 * length) - 1 else value
 
 
 def _packet_ticks(path: Path, container: Any, stream: Any) -> list[int]:
@@ -180,5 +210,5 @@ def _import_av() -> Any:
         import av
         import av.error
     except ImportError as error:
-        raise SceneError("videos need PyAV, which is not installed: pip install 'vggt_mv[video]'") from error
+        raise SceneError("videos need PyAV, which is not installed: pip install av") from error
     return av
