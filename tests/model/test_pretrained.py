@@ -184,12 +184,35 @@ def test_the_config_json_of_a_saved_model_is_a_configuration(saved):
         ({"class": "VGGT", "attention": "joint"}, r"config: unknown option 'attention'"),
         ({"embed_dims": 1}, r"unknown option 'embed_dims'; the nearest known one is 'embed_dim'"),
         ({"block_fn": "Block"}, r"unknown option 'block_fn'"),
+        ({"depth": "24"}, r"^config: depth must be int, got '24'$"),
+        ({"qk_norm": 1}, r"^config: qk_norm must be bool, got 1$"),
+        ({"embed_dim": True}, r"^config: embed_dim must be int, got True$"),
+        ({"rope_freq": []}, r"^config: rope_freq must be float or None, got \[\]$"),
+        ({"aa_order": ["view", 1]}, r"^config: aa_order must be Sequence\[str\], got \['view', 1\]$"),
+        ({"patch_embed": 14}, r"^config: patch_embed must be str or nn\.Module, got 14$"),
+        ({"camera_head_options": 3}, r"camera_head_options must be Mapping\[str, Any\] or None, got 3$"),
     ],
     ids=str,
 )
 def test_bad_configurations(config, message):
     with pytest.raises(VggtMvError, match=message):
         load_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"camera_head_options": {"trunk_depth": "x"}}, r"camera_head_options: trunk_depth must be int, got 'x'"),
+        ({"dpt_head_options": {"out_channels": [16, 2.5]}}, r"out_channels must be Sequence\[int\], got \[16, 2\.5\]"),
+        ({"patch_embed_options": {"act_layer": "gelu"}}, r"act_layer must be Callable.*, got 'gelu'"),
+        ({"num_register_tokens": -1}, r"^config: no model has these sizes \(.*-1.*\); correct them$"),
+        ({"patch_size": 0}, r"^config: no model has these sizes \(.* by zero\); correct them$"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_model(tiny_options, changes, message):
+    with pytest.raises(VggtMvError, match=message):
+        build_model({**tiny_options, "mask_layer": None, **changes}, device="meta")
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_names_of_another_model() -> None:
     file = {f"layer{i}.conv.weight": (3, 3) for i in range(10)}
     text = fails(UnknownSchemeError, "weights of another model, such as 'layer0.conv.weight'", PAGE4D, file)
     known = "vggt (0 of 10 names), vggt (aggregator alone) (0 of 10 names), page4d (0 of 10 names)"
-    assert text.endswith(f"nearest known schemes: {known}")
+    assert text.endswith(f"nearest known schemes: {known}; give weights of VGGT, PAGE-4D, VGGT_MV or Pi3")
     file |= {TOKEN: (1, 2, 1, 8)}
     text = fails(UnknownSchemeError, "weights of another model", PAGE4D, file)
     assert "vggt (1 of 11 names), page4d (1 of 11 names), vggt_mv (1 of 11 names)" in text

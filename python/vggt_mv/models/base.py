@@ -15,7 +15,7 @@ from vggt_mv.layers.precision import without_autocast
 from vggt_mv.models.aggregator import Aggregator
 from vggt_mv.models.hub import PretrainedModel
 from vggt_mv.models.inputs import check_image_values, check_images, check_mask_values
-from vggt_mv.models.options import StageCallback, check_option_names, parameter_names
+from vggt_mv.models.options import StageCallback, check_option_names, check_option_types, parameter_names
 
 __all__ = ["VGGTBase"]
 
@@ -154,6 +154,7 @@ class VGGTBase(PretrainedModel):
 def _head_options(owner: str, name: str, options: Mapping[str, Any] | None, head: type[nn.Module]) -> dict[str, Any]:
     options = dict(options or {})
     check_option_names(f"{owner}: {name}", options, parameter_names(head.__init__))
+    check_option_types(f"{owner}: {name}", options, head.__init__)
     return options
 
 

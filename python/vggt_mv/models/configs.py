@@ -17,7 +17,7 @@ import torch
 from vggt_mv.errors import VggtMvError
 from vggt_mv.models.aggregator import Aggregator
 from vggt_mv.models.base import VGGTBase
-from vggt_mv.models.options import check_option_names, nearest_name, parameter_names
+from vggt_mv.models.options import check_option_names, check_option_types, nearest_name, parameter_names
 from vggt_mv.models.vggt import VGGT, VGGT_MV
 
 __all__ = ["CONFIGS", "Config", "build_model", "load_config"]
@@ -76,7 +76,7 @@ def load_config(config: Config) -> tuple[type[VGGTBase], dict[str, Any]]:
 
     Raises:
         VggtMvError: an unknown name, a file that is missing or no JSON object, an unknown class, or an unknown argument
-            (naming the nearest known one).
+            (naming the nearest known one), or one of another type.
 
     Example:
         >>> load_config("vggt_mv_1b")
@@ -95,6 +95,7 @@ def load_config(config: Config) -> tuple[type[VGGTBase], dict[str, Any]]:
     model_class = _CLASSES[name]
     known = [n for n in parameter_names(Aggregator.__init__) if n != "block_fn"] + parameter_names(model_class.__init__)
     check_option_names(source, values, known)
+    check_option_types(source, values, Aggregator.__init__, model_class.__init__)
     return model_class, values
 
 
@@ -109,21 +110,30 @@ def build_model(config: Config, *, device: torch.device | str = "cpu") -> VGGTBa
         VggtMvError: as `load_config`, or an argument out of its range.
     """
     model_class, arguments = load_config(config)
-    with torch.device(device):
-        return model_class(**arguments).eval()
+    try:
+        with torch.device(device):
+            return model_class(**arguments).eval()
+    except (VggtMvError, NotImplementedError):
+        raise
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        # Sizes that nobody checked before PyTorch met them: negative, zero, or more than there is memory for.
+        source = "config" if isinstance(config, Mapping) else f"config {config}"
+        raise VggtMvError(
+            f"{source}: no model has these sizes ({' '.join(str(error).split())}); correct them"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         if path.suffix == ".json" or len(path.parts) > 1:
-            raise VggtMvError(f"config {path}: no such file")
+            raise VggtMvError(f"config {path}: no such file; name one that exists, or one of {', '.join(CONFIGS)}")
         raise VggtMvError(
             f"config {str(path)!r} is neither a file nor a known name; {nearest_name(str(path), CONFIGS)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise VggtMvError(f"config {path}: must be a JSON file, but cannot be read: {error}") from error
+        raise VggtMvError(f"config {path}: must be a JSON file, but cannot be read: {error}; mend it") from error
     if not isinstance(values, dict):
         raise VggtMvError(f"config {path}: must hold a JSON object, got {type(values).__name__}")
     return values

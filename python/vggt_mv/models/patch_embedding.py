@@ -10,7 +10,7 @@ from torch import nn
 from vggt_mv.errors import VggtMvError
 from vggt_mv.layers.patch_embed import PatchEmbed
 from vggt_mv.layers.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
-from vggt_mv.models.options import check_option_names, parameter_names
+from vggt_mv.models.options import check_option_names, check_option_types, parameter_names
 
 __all__ = ["build_patch_embed"]
 
@@ -44,6 +44,7 @@ def build_patch_embed(
     owner = "Aggregator: patch_embed_options"
     if "conv" in patch_embed:
         check_option_names(owner, options, parameter_names(PatchEmbed.__init__))
+        check_option_types(owner, options, PatchEmbed.__init__)
         sizes = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim}
         return PatchEmbed(**{**sizes, **options})
     if patch_embed not in _VITS:
@@ -52,6 +53,7 @@ def build_patch_embed(
             f"got {patch_embed!r}"
         )
     check_option_names(owner, options, parameter_names(DinoVisionTransformer.__init__))
+    check_option_types(owner, options, DinoVisionTransformer.__init__)
     make_vit, width = _VITS[patch_embed]
     width = options.get("embed_dim", width)
     if width != embed_dim:

@@ -112,7 +112,7 @@ def open_weights(
     if "://" in text:
         raise WeightsFileError(f"{text}: downloading from a URL is not supported; give a file, a folder or a hub id")
     if isinstance(source, Path) or path.suffix in (*SUFFIXES, ".json") or not _HUB_ID.fullmatch(text):
-        raise WeightsFileError(f"{text}: no such file or folder")
+        raise WeightsFileError(f"{text}: no such file or folder; check its spelling")
     hub = {
         "revision": revision,
         "cache_dir": cache_dir,
@@ -169,13 +169,13 @@ def _open_one(path: Path, unsafe_pickle: bool) -> WeightsFile:
     except OSError as error:
         raise WeightsFileError(f"{path} cannot be read: {error.strerror or error}") from error
     if size == 0:
-        raise WeightsFileError(f"{path} is empty (0 bytes)")
+        raise WeightsFileError(f"{path} is empty (0 bytes); fetch it again")
     if head.startswith(b"version https://git-lfs"):
         raise WeightsFileError(f"{path} is a Git LFS pointer and not the weights; fetch them with 'git lfs pull'")
     if path.suffix == ".safetensors" or looks_like_safetensors(path):
         tensors, metadata = read_safetensors(path)
         if not tensors:
-            raise WeightsFileError(f"{path} holds no tensors")
+            raise WeightsFileError(f"{path} holds no tensors; fetch it again, or name another file")
         return WeightsFile(tensors, str(path), (path,), "safetensors", (), metadata, mapped=True)
     archive = head.startswith(b"PK\x03\x04")
     value = _unpickle(path, archive, unsafe_pickle)
@@ -208,7 +208,8 @@ def _unpickle(path: Path, archive: bool, unsafe_pickle: bool) -> Any:
             ) from error
         kind = "PyTorch archive" if archive else "PyTorch or safetensors file"
         raise WeightsFileError(
-            f"{path} is truncated, corrupt or not a {kind} ({type(error).__name__}: {text.split('. ')[0][:160]})"
+            f"{path} is truncated, corrupt or not a {kind} ({type(error).__name__}: {text.split('. ')[0][:160]}); "
+            "fetch it again"
         ) from error
 
 
@@ -245,7 +246,7 @@ def _unwrap(value: Any, path: str) -> tuple[Mapping[str, Any], tuple[str, ...], 
         value = value[wrapper]
     if not value:
         inside = " in " + " > ".join(repr(name) for name in container) if container else ""
-        raise WeightsFileError(f"{path} holds no tensors{inside}: the mapping is empty")
+        raise WeightsFileError(f"{path} holds no tensors{inside}: the mapping is empty; save a state_dict() into it")
     return value, tuple(container), notes
 
 

@@ -173,7 +173,10 @@ def _unknown(path: str, names: list[str]) -> str:
             f"remove it from the names (known prefixes: {', '.join(rules.PREFIXES)})"
         )
     nearest = ", ".join(f"{name} ({known} of {len(names)} names)" for name, known in rules.nearest_schemes(names))
-    return f"{path}: weights of another model, such as {names[0]!r}; nearest known schemes: {nearest}"
+    return (
+        f"{path}: weights of another model, such as {names[0]!r}; nearest known schemes: {nearest}; give "
+        "weights of VGGT, PAGE-4D, VGGT_MV or Pi3"
+    )
 
 
 def _label(source: Source) -> str:

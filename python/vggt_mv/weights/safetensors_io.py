@@ -81,17 +81,21 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         head = file.read(8)
         if len(head) < 8:
-            raise WeightsFileError(f"{path} is truncated: {size} bytes are too few for a safetensors header")
+            raise WeightsFileError(
+                f"{path} is truncated: {size} bytes are too few for a safetensors header; fetch it again"
+            )
         length = struct.unpack("<Q", head)[0]
         if length > _MAX_HEADER:
             raise WeightsFileError(f"{path} is not a safetensors file: its header would be {length} bytes long")
         if 8 + length > size:
-            raise WeightsFileError(f"{path} is truncated: its header takes {8 + length} bytes, the file has {size}")
+            raise WeightsFileError(
+                f"{path} is truncated: its header takes {8 + length} bytes, the file has {size}; fetch it again"
+            )
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise WeightsFileError(f"{path} is corrupt: its header is not valid JSON ({error})") from error
+        raise WeightsFileError(f"{path} is corrupt: its header is not valid JSON ({error}); fetch it again") from error
     if not isinstance(header, dict):
         raise WeightsFileError(f"{path} is corrupt: its header must be a JSON object, got {type(header).__name__}")
     return header, 8 + length
@@ -126,7 +130,8 @@ def _check(path: Path, name: str, field: Any, available: int) -> tuple[torch.dty
         )
     if end > available:
         raise WeightsFileError(
-            f"{path} is truncated: {name!r} ends at byte {end} of the data, the file has {available} bytes of it"
+            f"{path} is truncated: {name!r} ends at byte {end} of the data, the file has {available} bytes of it; "
+            "fetch it again"
         )
     return dtype, shape, begin, end
 
