@@ -367,12 +367,6 @@ def test_bad_options_are_named(tiny_aggregator, options, message):
         tiny_aggregator(**options)
 
 
-@pytest.mark.parametrize("name", ["enable_dual_stream", "enable_sparse_global"])
-def test_what_is_not_there_says_so(tiny_aggregator, name):
-    with pytest.raises(NotImplementedError, match=name):
-        tiny_aggregator(**{name: True})
-
-
 def test_a_mask_of_another_shape_is_refused(tiny_aggregator):
     message = r"dynamic_mask must have the shape of images without the channels, \[1, 2, 28, 28\], got \[1, 2, 2, 2\]"
     with pytest.raises(VggtMvError, match=message):

@@ -134,14 +134,6 @@ def test_bad_attention_of_a_call(tiny_model):
         tiny_model(VGGT_MV)(torch.rand(1, 2, 2, 3, 28, 42), attention="view")
 
 
-@pytest.mark.parametrize("name", ["enable_dual_stream", "enable_sparse_global"])
-def test_what_is_not_there_says_so(tiny_model, name):
-    with pytest.raises(NotImplementedError, match=name):
-        tiny_model(VGGT_MV, **{name: True})
-    with pytest.raises(NotImplementedError, match=name):
-        tiny_model(VGGT, **{name: True})
-
-
 def test_the_typed_options_are_those_of_the_aggregator():
     explicit = {"img_size", "patch_size", "embed_dim", "enable_dual_stream", "enable_sparse_global"}
     assert set(AggregatorOptions.__annotations__) == set(parameter_names(Aggregator.__init__)) - explicit

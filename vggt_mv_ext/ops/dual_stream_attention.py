@@ -277,7 +277,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_pose is None and grad_geo is None:
         return (None,) * 7
-    qkv_pose, qkv_geo, *biases = ctx.saved_tensors[:5]
+    qkv_pose, qkv_geo, *biases = ctx.saved_tensors
+    biases, results = biases[:3], biases[3:]
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 5)]
     if torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivatives
@@ -286,7 +287,7 @@ def _backward(
             )
     else:
         packed = torch.ops.vggt_mv.dual_stream_attention_backward(
-            grad_pose, grad_geo, qkv_pose, qkv_geo, ctx.axis, *biases, ctx.scale, *ctx.saved_tensors[5:], wanted
+            grad_pose, grad_geo, qkv_pose, qkv_geo, ctx.axis, *biases, ctx.scale, *results, wanted
         )
         gradients = _common.unpack_gradients(packed, wanted)
     return *gradients[:2], None, *gradients[2:], None

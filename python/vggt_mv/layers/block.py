@@ -96,7 +96,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
-        attn_class: Callable[..., nn.Module] = Attention,
+        attn_class: Callable[..., Attention] = Attention,
         ffn_layer: Callable[..., nn.Module] = Mlp,
         qk_norm: bool = False,
         fused_attn: bool = True,

@@ -7,25 +7,26 @@ frame and view attention is attention over all frames, so one loop serves VGGT, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggt_mv.errors import VggtMvError
-from vggt_mv.layers.block import Block, norm1, run_block
+from vggt_mv.layers.block import Block
 from vggt_mv.layers.grid import GridContext
 from vggt_mv.layers.init import init_normal
 from vggt_mv.layers.rope import RotaryPositionEmbedding2D
 from vggt_mv.layers.vision_transformer import DinoVisionTransformer
 from vggt_mv.models.aliases import BLOCK_ALIASES, canonicalize_block_names
-from vggt_mv.models.inputs import check_images, patch_means
+from vggt_mv.models.inputs import check_images, check_memory_state, patch_means
 from vggt_mv.models.options import StageCallback
 from vggt_mv.models.patch_embedding import build_patch_embed
+from vggt_mv.models.sparse_global import SparseGlobal, check_sparse_options
 from vggt_mv.models.spatial_mask import SpatialMaskHead
+from vggt_mv.models.streams import DynamicMask, Rounds, Step, Stream, mask_weight
 
 __all__ = ["Aggregator"]
 
@@ -63,24 +64,39 @@ class Aggregator(nn.Module):
         aa_block_size: blocks of one kind that run before the kind changes.
         rope_freq: base of RoPE; None or <= 0: no RoPE.
         patch_embed_options: overrides arguments of the named patch embedding (``{"depth": 2, "num_heads": 4}``).
-        enable_spatial_mask: adds the head that predicts what moves (PAGE-4D). It acts on sequences only.
+        enable_spatial_mask: adds the head that predicts what moves (PAGE-4D). Without dual stream it acts on sequences
+            only.
         mask_layer: the frame block after which it predicts; global blocks with a larger index see the mask. None:
             never.
         mask_strength: the logit bias of a key is ``-mask_strength * mask``.
         special_token_position: where RoPE puts camera and register tokens of ``[B,T,N,3,H,W]`` images: ``"origin"`` (0,
             0) or ``"first_patch"`` (1, 1). A sequence always takes the origin.
         gradient_checkpointing: in training mode keep only the input of each block for the backward pass.
-        enable_dual_stream, enable_sparse_global: not implemented.
+        enable_dual_stream: two streams of tokens with blocks of their own (`pose_frame_blocks`, `pose_global_blocks`,
+            `geo_frame_blocks`, `geo_global_blocks`) in place of `frame_blocks` and `global_blocks`, which keep their
+            weights, frozen, and do not run. The mask m mutes what moves in the pose stream, with the logit bias
+            ``-lambda_pose * m`` of its keys, and amplifies it in the geometry stream, with ``+lambda_geo * m``, for all
+            queries of every attention that joins several frames; ``lambda = clamp(softplus(lambda_logit), 0, 4)``. It
+            is predicted from the geometry stream's tokens, also on times x views.
+        enable_sparse_global: after the rounds in `sparse_global_layers` the tokens of all frames exchange information,
+            ``x + ls1(proj(attention))`` with the weights of that round's global block. The result is what the output of
+            that round records in the half of the attention that ran last.
+        sparse_global_layers: indices of rounds; by default the last two.
+        sparse_strategy: ``"memory_bank"``: a few memory tokens read all tokens, then all tokens read those.
+            ``"landmark"``: all tokens look at the special tokens and the `landmark_k` patches of largest norm of every
+            frame. ``"block_dilated"``: the tokens of a frame look at those of the frames around it, up to 4 times and
+            views away (see `dilated_neighbours`).
+        landmark_k: see there; at most all patches are taken.
+        num_memory_tokens: size of the memory bank; its tokens `memory_tokens` exist for that strategy only.
 
     `view_blocks` and `time_blocks` are other names of `global_blocks` and `frame_blocks`: as attributes, and as keys
     that `load_state_dict` understands. Saving writes the latter.
 
     New weights: PyTorch's defaults for the Linears of the blocks, LayerScale at `init_values`, camera and register
-    tokens normal with 1e-6; the ViT as its own module says.
+    tokens normal with 1e-6, memory tokens normal with 0.02, both lambda logits log 0.1; the ViT as its own module says.
 
     Raises:
         VggtMvError: an option out of its range, or unknown.
-        NotImplementedError: for an option that does not exist yet.
 
     Example:
         >>> aggregator = Aggregator(img_size=28, embed_dim=32, depth=2, num_heads=2, patch_embed="conv")
@@ -120,14 +136,12 @@ class Aggregator(nn.Module):
         gradient_checkpointing: bool = True,
         enable_dual_stream: bool = False,
         enable_sparse_global: bool = False,
+        sparse_global_layers: Collection[int] | None = None,
+        sparse_strategy: str = "memory_bank",
+        landmark_k: int = 64,
+        num_memory_tokens: int = 32,
     ) -> None:
         super().__init__()
-        for name, wanted in (
-            ("enable_dual_stream", enable_dual_stream),
-            ("enable_sparse_global", enable_sparse_global),
-        ):
-            if wanted:
-                raise NotImplementedError(f"Aggregator: {name}=True is not implemented yet")
         _check_blocks(depth, aa_block_size, embed_dim, num_heads, rope_freq)
         _check_mask_and_positions(enable_spatial_mask, mask_layer, depth, special_token_position)
         self.sequence_order, self.grid_order = _resolve_order(aa_order)
@@ -144,6 +158,12 @@ class Aggregator(nn.Module):
         self.mask_strength = mask_strength
         self.special_token_position = special_token_position
         self.gradient_checkpointing = gradient_checkpointing
+        self.enable_dual_stream = enable_dual_stream
+        self.enable_sparse_global = enable_sparse_global
+        self.sparse_strategy = sparse_strategy
+        self.landmark_k = landmark_k
+        layers = check_sparse_options(sparse_strategy, sparse_global_layers, depth, landmark_k, num_memory_tokens)
+        self.sparse_global_layers = layers if enable_sparse_global else ()
 
         self.patch_embed = build_patch_embed(
             patch_embed, img_size, patch_size, embed_dim, num_register_tokens, patch_embed_options
@@ -178,6 +198,18 @@ class Aggregator(nn.Module):
         init_normal(self.camera_token, std=1e-6)
         init_normal(self.register_token, std=1e-6)
         self.spatial_mask_head = SpatialMaskHead(embed_dim) if enable_spatial_mask else None
+        if enable_dual_stream:
+            for name in ("pose_frame_blocks", "pose_global_blocks", "geo_frame_blocks", "geo_global_blocks"):
+                setattr(self, name, make_blocks())
+            self.lambda_pose_logit = nn.Parameter(torch.tensor(math.log(0.1)))
+            self.lambda_geo_logit = nn.Parameter(torch.tensor(math.log(0.1)))
+            # They do not run; a parameter without a gradient would upset distributed training.
+            self.frame_blocks.requires_grad_(False)
+            self.global_blocks.requires_grad_(False)
+        if enable_sparse_global and sparse_strategy == "memory_bank":
+            self.memory_tokens = nn.Parameter(torch.empty(1, num_memory_tokens, embed_dim))
+            # Large enough for norm1 to tell them apart: its eps drowns what camera tokens start with.
+            init_normal(self.memory_tokens, std=0.02)
         self.reset_buffers()
 
     def reset_buffers(self, device: torch.device | str | None = None) -> None:
@@ -219,8 +251,11 @@ class Aggregator(nn.Module):
         images: Tensor,
         *,
         keep_outputs: Collection[int] | None = None,
+        keep_pose_outputs: Collection[int] | None = None,
         on_stage: StageCallback | None = None,
         dynamic_mask: Tensor | None = None,
+        memory_state: Tensor | None = None,
+        landmark_confidence: Tensor | None = None,
     ) -> tuple[list[Tensor | None], int] | tuple[list[Tensor | None], int, dict[str, Any] | None]:
         """Runs patch embedding and all rounds.
 
@@ -228,40 +263,112 @@ class Aggregator(nn.Module):
             images: ``[S,3,H,W]``, ``[B,S,3,H,W]`` (a sequence) or ``[B,T,N,3,H,W]`` (times x views), RGB in [0, 1], H
                 and W multiples of the patch size.
             keep_outputs: indices of the outputs that are wanted, by default all. The others are None in the list.
+            keep_pose_outputs: the same for the pose stream of a dual one, by default `keep_outputs`.
             on_stage: told of the progress, with stages "patch_embed" and "attention".
-            dynamic_mask: the images' shape without channels, in [0, 1], 1 where the scene moves. Its patch means m bias
-                the logits by ``-mask_strength * m`` for the queries of camera and register tokens, in every attention
-                that joins several frames. Where the spatial mask head has predicted as well, the larger of the two
-                acts.
+            dynamic_mask: the images' shape without channels, in [0, 1], 1 where the scene moves. Its patch means m act
+                in every attention that joins several frames. Without dual stream they bias the logits by
+                ``-mask_strength * m`` for the queries of camera and register tokens. Where the spatial mask head has
+                predicted as well, the larger of the two acts.
+            memory_state: ``[streams, layers, B, M, C]``, what the memory bank starts from instead of `memory_tokens`:
+                the ``"memory_state"`` of the part of the recording before this one.
+            landmark_confidence: the images' shape without channels. Its patch means choose landmarks in place of the
+                tokens' norms.
 
         Returns:
-            The list of outputs, ``[B,S,P,2C]`` for a sequence and ``[B,T,N,P,2C]`` for times x views; the index of the
-            first patch token; and with `enable_spatial_mask` a dict with ``"dynamic_mask"``, the predicted mask
-            ``[B,S,H/p,W/p]``, or None where none was predicted.
+            The list of outputs, ``[B,S,P,2C]`` for a sequence and ``[B,T,N,P,2C]`` for times x views, with dual stream
+            those of the geometry stream; the index of the first patch token; and with `enable_spatial_mask`,
+            `enable_dual_stream` or `enable_sparse_global` a dict with those that exist, or None where none does:
+            ``"dynamic_mask"``, the predicted mask ``[B,S,H/p,W/p]`` or ``[B,T,N,H/p,W/p]``; ``"pose"`` and ``"geo"``,
+            the lists of outputs of both streams; ``"memory_state"``, detached.
 
         Raises:
-            VggtMvError: images or mask of a wrong shape, or an index in `keep_outputs` that does not exist.
+            VggtMvError: an argument of a wrong shape, one without the option that it belongs to, or an index in
+                `keep_outputs` that does not exist.
         """
         check_images("Aggregator", images, self.patch_size)
-        keep = set(range(self.depth)) if keep_outputs is None else set(keep_outputs)
-        if not keep <= set(range(self.depth)):
-            raise VggtMvError(
-                f"Aggregator: keep_outputs must be indices in 0..{self.depth - 1}, got {sorted(keep_outputs or ())}"
-            )
-        given = None if dynamic_mask is None else patch_means("Aggregator", dynamic_mask, images, self.patch_size)
+        keep = self._checked_outputs("keep_outputs", keep_outputs)
+        keep_pose = keep if keep_pose_outputs is None else self._checked_outputs("keep_pose_outputs", keep_pose_outputs)
+        given = self._patch_means("dynamic_mask", dynamic_mask, images)
+        confidence = self._patch_means("landmark_confidence", landmark_confidence, images)
         is_sequence = images.ndim < 6
         images = _as_grid(images, frame_dims=3)
-        mask = _Mask(
-            None if given is None else _as_grid(given, frame_dims=2),
-            predict_after=self.mask_layer if self.spatial_mask_head is not None and is_sequence else None,
+        sparse = self._sparse_global(images.shape[0], memory_state, confidence)
+        predicts = self.spatial_mask_head is not None and (is_sequence or self.enable_dual_stream)
+        mask = DynamicMask(given, self.mask_layer if predicts else None, everywhere=self.enable_dual_stream)
+        streams = self._streams(self._embed(images, on_stage), keep_pose, keep)
+        rounds = Rounds(
+            grid=GridContext(
+                axis="frame",
+                grid_hw=(images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size),
+                num_special=self.patch_start_idx,
+                special_position=1 if self.special_token_position == "first_patch" and not is_sequence else 0,
+            ),
+            mask=mask,
+            mask_strength=self.mask_strength,
+            mask_head=self.spatial_mask_head,
+            sparse=sparse,
+            checkpoint=self.gradient_checkpointing and self.training and torch.is_grad_enabled(),
         )
-        outputs = self._alternate(self._embed(images, on_stage), images, is_sequence, mask, keep, on_stage)
+        rounds.run(streams, self._schedule(self.sequence_order if is_sequence else self.grid_order), on_stage)
         if is_sequence:
-            outputs = [None if output is None else output.flatten(1, 2) for output in outputs]
-        if not self.enable_spatial_mask:
+            for stream in streams:
+                stream.outputs = [None if output is None else output.flatten(1, 2) for output in stream.outputs]
+        outputs = streams[-1].outputs
+        if not (self.enable_spatial_mask or self.enable_dual_stream or self.enable_sparse_global):
             return outputs, self.patch_start_idx
-        extras = None if mask.predicted is None else {"dynamic_mask": mask.predicted.flatten(1, 2)}
-        return outputs, self.patch_start_idx, extras
+        extras: dict[str, Any] = {}
+        if mask.predicted is not None:
+            extras["dynamic_mask"] = mask.predicted.flatten(1, 2) if is_sequence else mask.predicted
+        if self.enable_dual_stream:
+            extras |= {"pose": streams[0].outputs, "geo": outputs}
+        if streams[0].memory:
+            extras["memory_state"] = torch.stack([torch.stack(stream.memory) for stream in streams]).detach()
+        return outputs, self.patch_start_idx, extras or None
+
+    def _checked_outputs(self, name: str, wanted: Collection[int] | None) -> set[int]:
+        keep = set(range(self.depth)) if wanted is None else set(wanted)
+        if not keep <= set(range(self.depth)):
+            raise VggtMvError(f"Aggregator: {name} must be indices in 0..{self.depth - 1}, got {sorted(wanted or ())}")
+        return keep
+
+    def _patch_means(self, name: str, values: Tensor | None, images: Tensor) -> Tensor | None:
+        if values is None:
+            return None
+        if name == "landmark_confidence" and not (self.sparse_global_layers and self.sparse_strategy == "landmark"):
+            raise VggtMvError(
+                "Aggregator: landmark_confidence must be None without enable_sparse_global=True and "
+                "sparse_strategy='landmark'"
+            )
+        return _as_grid(patch_means("Aggregator", values, images, self.patch_size, name), frame_dims=2)
+
+    def _sparse_global(self, batch: int, memory_state: Tensor | None, confidence: Tensor | None) -> SparseGlobal | None:
+        memory_tokens = getattr(self, "memory_tokens", None)
+        if memory_state is not None:
+            if memory_tokens is None:
+                raise VggtMvError(
+                    "Aggregator: memory_state must be None without enable_sparse_global=True and "
+                    "sparse_strategy='memory_bank'"
+                )
+            streams = 2 if self.enable_dual_stream else 1
+            expected = (streams, len(self.sparse_global_layers), batch, *memory_tokens.shape[1:])
+            check_memory_state("Aggregator", memory_state, expected)
+        if not self.enable_sparse_global:
+            return None
+        return SparseGlobal(
+            self.sparse_strategy, self.sparse_global_layers, self.landmark_k, memory_tokens, memory_state, confidence
+        )
+
+    def _streams(self, x: Tensor, keep_pose: set[int], keep: set[int]) -> list[Stream]:
+        """The one stream, or the pose stream and the geometry stream, all of which start from the same tokens."""
+
+        def stream(prefix: str, keep: set[int], weight: Tensor | None) -> Stream:
+            blocks = {"time": getattr(self, f"{prefix}frame_blocks"), "view": getattr(self, f"{prefix}global_blocks")}
+            return Stream(blocks, x, keep, weight, mutes=prefix == "pose_", outputs=[None] * self.depth)
+
+        if not self.enable_dual_stream:
+            return [stream("", keep, None)]
+        pose, geo = mask_weight(self.lambda_pose_logit), mask_weight(self.lambda_geo_logit)
+        return [stream("pose_", keep_pose, pose), stream("geo_", keep, geo)]
 
     def _embed(self, images: Tensor, on_stage: StageCallback | None) -> Tensor:
         """Images ``[B,T,N,3,H,W]`` -> all tokens of all frames, ``[B,T,N,P,C]``."""
@@ -289,96 +396,16 @@ class Aggregator(nn.Module):
         register = _first_and_others(self.register_token, grid)
         return torch.cat([camera, register, patches.unflatten(0, grid)], dim=-2)
 
-    def _alternate(
-        self,
-        x: Tensor,
-        images: Tensor,
-        is_sequence: bool,
-        mask: _Mask,
-        keep: set[int],
-        on_stage: StageCallback | None,
-    ) -> list[Tensor | None]:
-        """All blocks in their order, from tokens ``[B,T,N,P,C]`` to the outputs ``[B,T,N,P,2C]`` in `keep`."""
-        _, times, views, num_tokens, _ = x.shape
-        joined = {"time": times, "view": views}
-        grid_hw = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        special_position = 1 if self.special_token_position == "first_patch" and not is_sequence else 0
-        # Only camera and register tokens look away from what moves.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        special_rows = (torch.arange(num_tokens, device=x.device) < self.patch_start_idx).to(wide)
-        steps = self._schedule(self.sequence_order if is_sequence else self.grid_order)
-        blocks = [(self.time_blocks if kind == "time" else self.view_blocks)[index] for kind, index in steps]
-        next_norms: list[nn.Module | None] = [*(norm1(block) for block in blocks[1:]), None]
-        checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        outputs: list[Tensor | None] = [None] * self.depth
-        halves: dict[tuple[str, int], Tensor] = {}
-        normed: Tensor | None = None
-        for done, ((kind, index), block) in enumerate(zip(steps, blocks, strict=True)):
-            if on_stage is not None:
-                on_stage("attention", done, len(steps))
-            moving = mask.acting(kind, index, joins_several=joined[kind] > 1)
-            context = GridContext(
-                # One time or one view joins no frames: the same sequences as "frame", which lie contiguously.
-                axis=kind if joined[kind] > 1 else "frame",
-                grid_hw=grid_hw,
-                num_special=self.patch_start_idx,
-                special_position=special_position,
-                key_bias=None if moving is None else self._key_bias(moving).to(wide),
-                row_gate=None if moving is None else special_rows,
-            )
-            x, normed = run_block(block, x, context, normed=normed, next_norm=next_norms[done], checkpoint=checkpoint)
-            if kind == "time" and index == mask.predict_after:
-                assert self.spatial_mask_head is not None
-                mask.predicted = self.spatial_mask_head(x, grid_hw, self.patch_start_idx)
-            if index in keep:
-                halves[kind, index] = x
-                if ("time", index) in halves and ("view", index) in halves:
-                    outputs[index] = torch.cat([halves.pop(("time", index)), halves.pop(("view", index))], dim=-1)
-        if on_stage is not None:
-            on_stage("attention", len(steps), len(steps))
-        return outputs
-
-    def _schedule(self, order: tuple[str, str]) -> list[tuple[str, int]]:
-        """(kind, index) of all blocks in the order in which they run."""
-        return [
-            (kind, index)
-            for start in range(0, self.depth, self.aa_block_size)
-            for kind in order
-            for index in range(start, start + self.aa_block_size)
-        ]
-
-    def _key_bias(self, moving: Tensor) -> Tensor:
-        """Mask ``[B,T,N,h,w]`` -> logit bias of every key ``[B,T,N,P]``, 0 for camera and register tokens."""
-        return F.pad(-self.mask_strength * moving.flatten(-2), (self.patch_start_idx, 0))
-
-
-@dataclass
-class _Mask:
-    """What is known of the moving parts of the scene, as masks ``[B,T,N,h,w]``, in [0, 1].
-
-    Attributes:
-        given: by the caller.
-        predict_after: the time (frame) block after which the head predicts, None: it does not.
-        predicted: by the head, once it has.
-    """
-
-    given: Tensor | None
-    predict_after: int | None
-    predicted: Tensor | None = None
-
-    def acting(self, kind: str, index: int, joins_several: bool) -> Tensor | None:
-        """The mask that acts in view (global) or time (frame) block `index`.
-
-        A given mask acts in every attention that joins several frames, the predicted one as in PAGE-4D: in the global
-        blocks after `predict_after`.
-        """
-        given = self.given if joins_several else None
-        predicted = None
-        if self.predict_after is not None and kind == "view" and index > self.predict_after:
-            predicted = self.predicted
-        if given is None or predicted is None:
-            return given if predicted is None else predicted
-        return torch.maximum(given, predicted)
+    def _schedule(self, order: tuple[str, str]) -> list[Step]:
+        """All steps in the order in which they run."""
+        steps: list[Step] = []
+        for start in range(0, self.depth, self.aa_block_size):
+            for kind in order:
+                for index in range(start, start + self.aa_block_size):
+                    steps.append((kind, index))
+                    if kind == order[-1] and index in self.sparse_global_layers:
+                        steps.append(("sparse", index))
+        return steps
 
 
 def _check_blocks(depth: int, aa_block_size: int, embed_dim: int, num_heads: int, rope_freq: float | None) -> None:

@@ -82,6 +82,8 @@ class VGGTBase(PretrainedModel):
         on_stage: StageCallback | None,
         dynamic_mask: Tensor | None = None,
         joint: bool = False,
+        memory_state: Tensor | None = None,
+        landmark_confidence: Tensor | None = None,
     ) -> dict[str, Any]:
         """Images of any rank to the dict of predictions; `joint` makes one sequence of times x views."""
         owner = type(self).__name__
@@ -91,44 +93,56 @@ class VGGTBase(PretrainedModel):
             check_mask_values(owner, dynamic_mask)
         if query_points is not None and self.track_head is None:
             raise VggtMvError(f"{owner}: query_points must be None for a model built with enable_track=False")
+        per_pixel = {"dynamic_mask": dynamic_mask, "landmark_confidence": landmark_confidence}
         if images.ndim == 4:
             images = images.unsqueeze(0)
-            dynamic_mask = None if dynamic_mask is None else dynamic_mask.unsqueeze(0)
+            per_pixel = {name: None if value is None else value.unsqueeze(0) for name, value in per_pixel.items()}
         grid = tuple(images.shape[1:-3])
         sequence = images.flatten(1, -4)
-        if joint and dynamic_mask is not None and dynamic_mask.ndim == 5:
-            dynamic_mask = dynamic_mask.flatten(1, 2)
-        outputs, patch_start_idx, *extras = self.aggregator(
+        if joint:
+            per_pixel = {
+                name: value.flatten(1, 2) if value is not None and value.ndim == 5 else value
+                for name, value in per_pixel.items()
+            }
+        dense = {layer for name, layer in self._layers_read(tracks=query_points is not None) if name != "camera_head"}
+        last = {layer for name, layer in self._layers_read() if name == "camera_head"}
+        outputs, patch_start_idx, *rest = self.aggregator(
             sequence if joint else images,
-            keep_outputs={layer for _, layer in self._layers_read(tracks=query_points is not None)},
+            keep_outputs=dense if self.aggregator.enable_dual_stream else dense | last,
+            keep_pose_outputs=last,
             on_stage=on_stage,
-            dynamic_mask=dynamic_mask,
+            memory_state=memory_state,
+            **per_pixel,
         )
-        # The heads know one sequence, t-major.
-        outputs = [x.flatten(1, 2) if x is not None and x.ndim == 5 else x for x in outputs]
+        extras = (rest[0] if rest else None) or {}
+        # The heads know one sequence, t-major. Cameras are the pose stream's business.
+        outputs, pose = ([_flatten(x) for x in stream] for stream in (outputs, extras.get("pose", outputs)))
         # Depth and cameras are regressed: 16 bits would cost accuracy where there is little time to win.
         with without_autocast(images.device):
-            predictions = self._run_heads(outputs, sequence, patch_start_idx, query_points, on_stage)
-        if extras and extras[0] is not None and "dynamic_mask" in extras[0]:
-            predictions["dynamic_mask"] = extras[0]["dynamic_mask"]
+            predictions = self._run_heads(outputs, pose, sequence, patch_start_idx, query_points, on_stage)
+        if "dynamic_mask" in extras:
+            predictions["dynamic_mask"] = _flatten(extras["dynamic_mask"])
         predictions = {name: _unflatten(value, grid) for name, value in predictions.items()}
+        if "memory_state" in extras:
+            predictions["memory_state"] = extras["memory_state"]
         predictions["images"] = images
         return predictions
 
     def _run_heads(
         self,
         outputs: list[Tensor | None],
+        pose: list[Tensor | None],
         images: Tensor,
         patch_start_idx: int,
         query_points: Tensor | None,
         on_stage: StageCallback | None,
     ) -> dict[str, Any]:
-        """All heads there are, on frames ``[B, S]``."""
+        """All heads there are, on frames ``[B, S]``: cameras from outputs `pose`, all others from `outputs`."""
         report = on_stage or (lambda stage, done, total: None)
         predictions: dict[str, Any] = {}
         if self.camera_head is not None:
             report("camera", 0, 1)
-            predictions["pose_enc_list"] = self.camera_head(outputs)
+            predictions["pose_enc_list"] = self.camera_head(pose)
             predictions["pose_enc"] = predictions["pose_enc_list"][-1]
             report("camera", 1, 1)
         if self.depth_head is not None:
@@ -156,6 +170,11 @@ def _head_options(owner: str, name: str, options: Mapping[str, Any] | None, head
     check_option_names(f"{owner}: {name}", options, parameter_names(head.__init__))
     check_option_types(f"{owner}: {name}", options, head.__init__)
     return options
+
+
+def _flatten(x: Tensor | None) -> Tensor | None:
+    """``[B, T, N, ., .]`` -> ``[B, S, ., .]``, t-major; what is a sequence stays."""
+    return x.flatten(1, 2) if x is not None and x.ndim == 5 else x
 
 
 def _unflatten(value: Any, grid: tuple[int, ...]) -> Any:

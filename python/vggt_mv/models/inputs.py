@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vggt_mv.errors import VggtMvError
 
-__all__ = ["check_image_values", "check_images", "check_mask_values", "patch_means"]
+__all__ = ["check_image_values", "check_images", "check_mask_values", "check_memory_state", "patch_means"]
 
 # Resampling may overshoot [0, 1] a little; ImageNet-normalised images (about -2 to 2.6) and 0..255 are far outside.
 _VALUE_TOLERANCE = 0.1
@@ -81,25 +82,42 @@ def _check_values(owner: str, name: str, values: Tensor, tolerance: float, remed
         raise VggtMvError(f"{owner}: {name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; {remedy}")
 
 
-def patch_means(owner: str, dynamic_mask: Tensor, images: Tensor, patch_size: int) -> Tensor:
+def check_memory_state(owner: str, memory_state: Tensor, expected: Sequence[int]) -> None:
+    """Checks the shape and dtype of a memory that was handed in.
+
+    Raises:
+        VggtMvError: not floating point, or another shape than ``[streams, layers, B, M, C]`` of the model.
+    """
+    if not isinstance(memory_state, Tensor) or not memory_state.is_floating_point():
+        what = memory_state.dtype if isinstance(memory_state, Tensor) else type(memory_state).__name__
+        raise VggtMvError(f"{owner}: memory_state must be a floating-point tensor, got {what}")
+    if tuple(memory_state.shape) != tuple(expected):
+        raise VggtMvError(
+            f"{owner}: memory_state must be [streams, layers, B, M, C] = {list(expected)}, "
+            f"got {list(memory_state.shape)}"
+        )
+
+
+def patch_means(owner: str, values: Tensor, images: Tensor, patch_size: int, name: str = "dynamic_mask") -> Tensor:
     """Averages a mask ``[B,T,N,H,W]`` or ``[B,S,H,W]`` (4-D images: ``[S,H,W]``) over each patch.
 
     Args:
-        dynamic_mask: 1 where the scene moves, 0 where it stands still; floating point, bool or integer.
-        images: the images it belongs to.
+        values: a number for every pixel, as the mask of what moves; floating point, bool or integer.
+        images: the images they belong to.
+        name: what errors call the values.
 
     Returns:
-        float32, ``[..., H/p, W/p]`` with the leading dimensions of `dynamic_mask`.
+        float32, ``[..., H/p, W/p]`` with the leading dimensions of `values`.
 
     Raises:
         VggtMvError: a shape that is not that of the images without their channels.
     """
     expected = (*images.shape[:-3], *images.shape[-2:])
-    if tuple(dynamic_mask.shape) != expected:
+    if tuple(values.shape) != expected:
         raise VggtMvError(
-            f"{owner}: dynamic_mask must have the shape of images without the channels, {list(expected)}, "
-            f"got {list(dynamic_mask.shape)}"
+            f"{owner}: {name} must have the shape of images without the channels, {list(expected)}, "
+            f"got {list(values.shape)}"
         )
     rows, columns = expected[-2] // patch_size, expected[-1] // patch_size
-    mask = dynamic_mask.to(device=images.device, dtype=torch.float32)
-    return mask.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size)).mean(dim=(-3, -1))
+    values = values.to(device=images.device, dtype=torch.float32)
+    return values.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size)).mean(dim=(-3, -1))

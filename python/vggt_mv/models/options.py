@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from torch import nn
@@ -49,6 +49,10 @@ class AggregatorOptions(TypedDict, total=False):
     mask_strength: float
     special_token_position: str
     gradient_checkpointing: bool
+    sparse_global_layers: Collection[int] | None
+    sparse_strategy: str
+    landmark_k: int
+    num_memory_tokens: int
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str]:

@@ -111,14 +111,26 @@ class VGGT_MV(VGGTBase, library_name="vggt_mv", license="apache-2.0", tags=["3d-
         img_size, patch_size, embed_dim, enable_camera, enable_point, enable_depth, enable_track, camera_head_options,
             dpt_head_options, track_head_options, aggregator_options: as for `VGGT`; `enable_spatial_mask` is True by
                 default.
+        enable_dual_stream: cameras from a pose stream that looks away from what moves, all else from a geometry stream
+            that looks at it; see `Aggregator`.
+        enable_sparse_global: frames of all times and views exchange information after some rounds; see `Aggregator`,
+            also for ``sparse_strategy``, ``sparse_global_layers``, ``landmark_k`` and ``num_memory_tokens``.
         attention: what times x views of images mean. ``"alternating"``: attention over the views of a time and over the
             times of a view in turn, for weights that were trained so. ``"joint"``: all T N frames are one sequence,
             t-major, which is what VGGT, PAGE-4D and Pi3 weights know. Can be given to `forward`, too.
-        enable_dual_stream, enable_sparse_global: not implemented.
 
     Raises:
         VggtMvError: an unknown option (naming the nearest known one) or one out of its range.
-        NotImplementedError: enable_dual_stream or enable_sparse_global.
+
+    Example:
+        >>> import torch
+        >>> from vggt_mv.models.configs import build_model
+        >>> model = build_model({"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_embed": "conv",
+        ...                      "mask_layer": 0, "enable_point": False, "enable_depth": False, "enable_track": False,
+        ...                      "enable_dual_stream": True, "enable_sparse_global": True})
+        >>> predictions = model(torch.rand(1, 2, 3, 3, 28, 42))                       # 2 times, 3 views
+        >>> predictions["pose_enc"].shape, predictions["dynamic_mask"].shape, predictions["memory_state"].shape
+        (torch.Size([1, 2, 3, 9]), torch.Size([1, 2, 3, 2, 3]), torch.Size([2, 2, 1, 32, 32]))
     """
 
     def __init__(
@@ -167,6 +179,8 @@ class VGGT_MV(VGGTBase, library_name="vggt_mv", license="apache-2.0", tags=["3d-
         on_stage: StageCallback | None = None,
         dynamic_mask: Tensor | None = None,
         attention: str | None = None,
+        memory_state: Tensor | None = None,
+        landmark_confidence: Tensor | None = None,
     ) -> dict[str, Any]:
         """Predicts all that the heads give.
 
@@ -178,17 +192,21 @@ class VGGT_MV(VGGTBase, library_name="vggt_mv", license="apache-2.0", tags=["3d-
             dynamic_mask: the images' shape without channels, in [0, 1], 1 where the scene moves; see
                 `Aggregator.forward`.
             attention: ``"alternating"`` or ``"joint"`` for this call.
+            memory_state: ``["memory_state"]`` of the predictions for the part of a recording before this one: the
+                memory bank goes on from there.
+            landmark_confidence: the images' shape without channels; chooses landmarks, see `Aggregator.forward`.
 
         Returns:
             A dict as `VGGT.forward` returns it, where frames of 6-D images have the leading dimensions ``[B,T,N]``.
-            ``dynamic_mask`` is predicted for sequences, which times x views with joint attention are.
+            ``dynamic_mask`` is predicted for sequences, which times x views with joint attention are, and with dual
+            stream also for times x views. With a memory bank there is ``memory_state [streams, layers, B, M, C]``.
 
         Raises:
             VggtMvError: images or mask of a wrong rank, size, dtype or range, or query points that do not fit.
         """
         attention = self.attention if attention is None else _check_attention(attention)
         joint = images.ndim == 6 and attention == "joint"
-        return self._predict(images, query_points, on_stage, dynamic_mask, joint)
+        return self._predict(images, query_points, on_stage, dynamic_mask, joint, memory_state, landmark_confidence)
 
 
 def _check_attention(attention: str) -> str:

@@ -9,17 +9,13 @@ from typing import Any
 from vggt_mv.weights.files import open_weights
 from vggt_mv.weights.lean import parameters_on_meta
 from vggt_mv.weights.plan import LoadPlan, Prefer, plan_load
-from vggt_mv.weights.spec import ModelSpec, dual_stream_spec
+from vggt_mv.weights.spec import ModelSpec
 
 __all__ = ["config_spec", "preview_load"]
-
-MEMORY_TOKENS = 32  # of the memory bank, where a model has one
 
 
 def config_spec(config: str | Path = "vggt_mv_1b", *, dual_stream: bool = False) -> ModelSpec:
     """Names and shapes of a named or described model, without memory for it.
-
-    Where the class cannot build a dual stream yet, its names and shapes are derived from the single stream's.
 
     Args:
         config: a name of `vggt_mv.models.configs`, or the path of a JSON file.
@@ -33,12 +29,7 @@ def config_spec(config: str | Path = "vggt_mv_1b", *, dual_stream: bool = False)
         with parameters_on_meta():
             return ModelSpec.of(model_class(**{**options, **more}))
 
-    if not dual_stream:
-        return spec()
-    try:
-        return spec(enable_dual_stream=True)
-    except NotImplementedError:
-        return dual_stream_spec(spec())
+    return spec(enable_dual_stream=True) if dual_stream else spec()
 
 
 def preview_load(
