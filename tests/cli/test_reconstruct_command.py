@@ -418,3 +418,48 @@ def test_interrupted_runs_leave_nothing(
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     nothing_left(tmp_path)
+
+
+def write_masks(images: Path, folder: Path) -> Path:
+    for path in images.rglob("*.png"):
+        mask = folder / path.relative_to(images)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((60, 80), dtype=np.uint8)
+        pixels[20:40, 20:60] = 255
+        Image.fromarray(pixels).save(mask)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["memory_bank", "landmark", "block_dilated"])
+def test_dual_stream_sparse_global_and_masks(
+    vggt_mv: Run, images: Path, small: Path, tmp_path: Path, strategy: str
+) -> None:
+    out, masks = tmp_path / "out", write_masks(images, tmp_path / "masks")
+    command = ["reconstruct", images, "-o", out, "--random-weights", "--config", small]
+    result = vggt_mv(*command, "--dual-stream", "--sparse-global", strategy, "--mask-dir", masks)
+    assert result.code == 0, result.stderr
+    assert f"{out / 'dynamic_mask'}/" in result.stdout
+    assert sorted(path.name for path in (out / "dynamic_mask").iterdir()) == sorted(os.listdir(out / "depth"))
+    report = report_of(out)
+    assert report["model"]["dual_stream"] is True
+    assert report["model"]["sparse_global"] == {"strategy": strategy, "layers": [0, 1]}
+    assert report["dynamic_mask"] == {"given": str(masks), "predicted": True}
+    assert f"config {small} with enable_dual_stream=True" in report["weights"]["description"]
+    arrays = np.load(out / "predictions.npz")
+    assert arrays["dynamic_mask"].shape == (2, 2, 3, 4)
+    assert arrays["given_mask"].shape == (2, 2, 42, 56)
+    picture = np.asarray(Image.open(out / "dynamic_mask" / "time_0_view0.png"))
+    assert (picture == (0, 220, 255)).all(axis=-1).any()
+
+
+def test_bad_dual_stream_options(vggt_mv: Run, images: Path, small: Path, tmp_path: Path) -> None:
+    command = ["reconstruct", images, "-o", tmp_path / "out", "--random-weights", "--config", small]
+    error = vggt_mv(*command, "--sparse-global", "dense").error
+    assert "sparse-global must be one of memory_bank, landmark, block_dilated, got 'dense'" in error
+    assert "mask folder" in vggt_mv(*command, "--mask-dir", tmp_path / "nowhere").error
+    masks = write_masks(images, tmp_path / "masks")
+    (masks / "time_1" / "view0.png").unlink()
+    assert (
+        "lacks 1 of 4 masks, the first that of image 'time_1/view0.png'" in vggt_mv(*command, "--mask-dir", masks).error
+    )
+    nothing_left(tmp_path)

@@ -48,6 +48,7 @@ def make(family: str = "vggt", **changes: Any) -> Reconstruction:
         "world_points": rng.standard_normal((T, N, H, W, 3), dtype=np.float32),
         "world_points_conf": 1 + rng.random((T, N, H, W), dtype=np.float32),
         "dynamic_mask": rng.random((T, N, H // 14, W // 14), dtype=np.float32),
+        "given_mask": rng.random((T, N, H, W), dtype=np.float32),
         "query_points": np.array([[3.0, 4.0]], dtype=np.float32),
         "tracks": rng.random((T, N, 1, 2), dtype=np.float32),
         "track_vis": rng.random((T, N, 1), dtype=np.float32),
@@ -81,7 +82,15 @@ def test_docs_list_every_array_and_file() -> None:
     for spec in ARRAYS:
         shape = f"[{', '.join(spec.axes.split())}]"
         assert f"| `{spec.name}` | `{shape}` | {spec.dtype} | {spec.unit} |" in text, spec
-    for name in ("predictions.npz", "cameras.json", "points.ply", "depth/", "overview.png", "report.json"):
+    for name in (
+        "predictions.npz",
+        "cameras.json",
+        "points.ply",
+        "depth/",
+        "dynamic_mask/",
+        "overview.png",
+        "report.json",
+    ):
         assert f"`{name}`" in text
 
 
@@ -272,12 +281,19 @@ def test_random_weights_are_written_all_over(tmp_path: Path) -> None:
 
 def test_report_lists_files_arrays_and_what_was_recorded(tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
-    write_outputs(make(depth=None, depth_conf=None), tmp_path, progress=lambda *step: steps.append(step))
+    write_outputs(
+        make(depth=None, depth_conf=None, dynamic_mask=None, given_mask=None),
+        tmp_path,
+        progress=lambda *step: steps.append(step),
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["format"] == "vggt_mv.reconstruction"
     assert report["device"] == "cpu"
     assert report["files"] == ["cameras.json", "overview.png", "points.ply", "predictions.npz", "report.json"]
-    assert report["not_written"] == {"depth": "the model has no depth head"}
+    assert report["not_written"] == {
+        "depth": "the model has no depth head",
+        "dynamic_mask": "no mask of what moves was predicted or given",
+    }
     assert report["arrays"]["world_points"]["shape"] == [T, N, H, W, 3]
     assert "depth" not in report["arrays"]
     assert report["seconds"]["write"] > 0

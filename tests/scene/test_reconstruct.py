@@ -297,6 +297,8 @@ def test_progress_and_report_tell_every_stage(model: nn.Module, folder: Path) ->
     assert result.report["model"] == {
         "class": "VGGT_MV",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dual_stream": False,
+        "sparse_global": None,
     }
     assert result.report["input"]["original_sizes"] == [[64, 80], [64, 80]]
 

@@ -31,6 +31,27 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's
 Percentile = Annotated[
     float, typer.Option(help="Percent of the points to drop from points.ply, those of lowest confidence.", metavar="P")
 ]
+DualStream = Annotated[
+    bool,
+    typer.Option(
+        "--dual-stream",
+        help="Cameras from a stream that looks away from what moves, geometry from one that looks at it.",
+    ),
+]
+SparseGlobal = Annotated[
+    str | None,
+    typer.Option(
+        help="Let all times and views exchange information after the last rounds.",
+        metavar="memory_bank|landmark|block_dilated",
+    ),
+]
+MaskDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Masks of what moves, white on black, in folders and under names like those of the images.",
+        metavar="FOLDER",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 
 
@@ -66,6 +87,9 @@ def reconstruct(
     preprocess: Annotated[
         str, typer.Option(help="Fit the width and crop tall images, or pad to a square.", metavar="crop|pad")
     ] = "crop",
+    dual_stream: DualStream = False,
+    sparse_global: SparseGlobal = None,
+    mask_dir: MaskDir = None,
     conf_percentile: Percentile = 50.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -79,7 +103,8 @@ def reconstruct(
     load_operators()
     from vggt_mv.models.configs import load_config
     from vggt_mv.scene.export import output_folder, write_outputs
-    from vggt_mv.scene.load_model import choose_config, load_model
+    from vggt_mv.scene.load_model import choose_config, load_model, with_options
+    from vggt_mv.scene.masks import find_masks
     from vggt_mv.scene.preprocess import plan_transforms
     from vggt_mv.scene.reconstruct import check_attention, reconstruct, resolve_device, resolve_dtype
     from vggt_mv.scene.reconstruction import check_percentile
@@ -97,7 +122,8 @@ def reconstruct(
     with output_folder(output, overwrite=overwrite) as staging, Bars(quiet=quiet) as bars:
         # All that can be wrong is looked at before the model is loaded, which takes longer than most mistakes.
         chosen = choose_config(weights, config)
-        image_size = image_size or load_config(chosen)[1].get("img_size", 518)
+        options = model_options(dual_stream, sparse_global)
+        image_size = image_size or load_config(with_options(chosen, options))[1].get("img_size", 518)
         scene = open_scene(
             inputs,
             layout=how.pop("layout"),
@@ -106,14 +132,34 @@ def reconstruct(
             on_frame=lambda done, total: bars("check", done, total),
         )
         plan_transforms(scene, image_size=image_size, mode=how["preprocess"])
+        if mask_dir is not None:
+            find_masks(mask_dir, scene)
         with bars.busy("loading model"):
             model = load_model(
-                weights, config=chosen, random_weights=random_weights, seed=seed, device=place, progress=bars.loading
+                weights,
+                config=chosen,
+                options=options,
+                random_weights=random_weights,
+                seed=seed,
+                device=place,
+                progress=bars.loading,
             )
-        result = reconstruct(scene, model, image_size=image_size, progress=bars, **how)
+        result = reconstruct(scene, model, image_size=image_size, dynamic_mask=mask_dir, progress=bars, **how)
         result.report["model"]["config"] = chosen if isinstance(chosen, dict) else str(chosen)
         write_outputs(result, staging, conf_percentile=conf_percentile, progress=bars)
     summarize(result, output, quiet=quiet)
+
+
+def model_options(dual_stream: bool, sparse_global: str | None) -> dict[str, Any]:
+    """The arguments of the model that the command line's options mean."""
+    from vggt_mv.models.sparse_global import STRATEGIES
+
+    options: dict[str, Any] = {"enable_dual_stream": True} if dual_stream else {}
+    if sparse_global is not None:
+        if sparse_global not in STRATEGIES:
+            raise VggtMvError(f"sparse-global must be one of {', '.join(STRATEGIES)}, got {sparse_global!r}")
+        options |= {"enable_sparse_global": True, "sparse_strategy": sparse_global}
+    return options
 
 
 def refuse_no_weights(weights: str | None, random_weights: bool) -> None:
@@ -169,6 +215,7 @@ def summarize(result: Reconstruction, output: Path, *, quiet: bool) -> None:
         "points.ply": "coloured points",
         "cameras.json": "cameras by name",
         "depth": "a picture of depth per image",
+        "dynamic_mask": "a picture of what moves per image",
         "predictions.npz": "all arrays",
         "report.json": "how it was made",
     }.items():

@@ -102,7 +102,7 @@ def check_option_types(owner: str, given: Mapping[str, Any], *functions: Callabl
 
 def _is_of(kind: str, value: Any) -> bool:
     """Whether a value fits an annotation; for one that JSON has no type for, whether it is something else than JSON."""
-    if sequence := re.fullmatch(r"(?:Sequence|list|tuple)\[(\w+)(?:, \.\.\.)?\]", kind):
+    if sequence := re.fullmatch(r"(?:Sequence|Collection|list|tuple)\[(\w+)(?:, \.\.\.)?\]", kind):
         return isinstance(value, list | tuple) and all(_is_of(sequence[1], item) for item in value)
     if " | " in kind:
         return any(_is_of(part, value) for part in kind.split(" | "))

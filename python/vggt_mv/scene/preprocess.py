@@ -164,6 +164,21 @@ class ViewTransform:
         np.divide(resized[self._shown_of_resized()].transpose(2, 0, 1), np.float32(255), out=shown)
         return torch.from_numpy(pixels)
 
+    def apply_map(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A map of the original size, ``[H0, W0]`` float32, at the network's size: ``[H, W]``, padding 0.
+
+        Bilinear; where the map shrinks, an average over what falls into a pixel.
+        """
+        height, width = self.resized_size
+        resized = np.asarray(
+            Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).resize(
+                (width, height), Image.Resampling.BILINEAR
+            )
+        )
+        result = np.zeros(self.network_size, dtype=np.float32)
+        result[np.ix_(*(self._shown(axis) for axis in (0, 1)))] = resized[self._shown_of_resized()]
+        return np.clip(result, 0.0, 1.0)
+
     def padded_to(self, height: int, width: int) -> ViewTransform:
         """The same network image centred in a larger one.
 

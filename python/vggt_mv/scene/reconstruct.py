@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import vggt_mv_ext
 from vggt_mv.errors import VggtMvError
 from vggt_mv.models.vggt import VGGT_MV
+from vggt_mv.scene.masks import MaskSource, read_masks
 from vggt_mv.scene.preprocess import PreprocessedScene
 from vggt_mv.scene.preprocess import preprocess as preprocess_scene
 from vggt_mv.scene.reconstruction import ProgressCallback, Reconstruction
@@ -61,6 +62,7 @@ def reconstruct(
     image_size: int | None = None,
     preprocess: PreprocessMode = "crop",
     query_points: Tensor | NDArray[Any] | Sequence[Sequence[float]] | None = None,
+    dynamic_mask: MaskSource | None = None,
     allow_single: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Reconstruction:
@@ -85,6 +87,9 @@ def reconstruct(
         image_size: width (with "pad": longest side) of the images for the network; by default the model's own.
         preprocess: "crop" fits the width and crops tall images, "pad" fits the longest side and pads to a square.
         query_points: [M, 2] points (x, y) to track, in pixels of the original image of time 0, view 0.
+        dynamic_mask: where the scene moves: a folder of masks named as the images, or an array, see
+            ``masks.read_masks``; for a VGGT_MV. What it does is up to the model: with ``enable_dual_stream`` it mutes
+            what moves for cameras and amplifies it for geometry, without it mutes it for camera and register tokens.
         allow_single: accept a scene of one image.
         progress: called with (stage, steps done, steps in all); stages are "check", "images", those of the model, and
             "collect".
@@ -98,7 +103,7 @@ def reconstruct(
         >>> reconstruct("scene/", model).save("out/")                            # doctest: +SKIP
     """
     check_attention(attention)
-    _check_model(model, query_points)
+    _check_model(model, query_points, dynamic_mask)
     run = _Run(resolve_device(device, model), dtype, progress)
     scene = _open(source, layout, max_frames, allow_single, run)
     used, reason = _choose_attention(attention, model, scene, run)
@@ -109,7 +114,8 @@ def reconstruct(
         on_frame=run.stage("images"),
     )
     points = _query_points(query_points, prepared)
-    arrays = run.predict(model, prepared.images, points, used, scene.single_sequence)
+    mask = None if dynamic_mask is None else read_masks(dynamic_mask, scene, prepared.transforms)
+    arrays = run.predict(model, prepared.images, points, used, scene.single_sequence, mask)
     return Reconstruction(
         images=_to_uint8(prepared.images[0]),
         names=scene.names,
@@ -120,7 +126,11 @@ def reconstruct(
         report={
             "input": _describe_scene(scene),
             "preprocessing": {"mode": preprocess, "network_size": list(prepared.network_size)},
-            "model": {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
+            "model": _describe_model(model),
+            "dynamic_mask": {
+                "given": None if dynamic_mask is None else _describe_mask(dynamic_mask),
+                "predicted": "dynamic_mask" in arrays,
+            },
             "attention": {"requested": attention, "used": used, "reason": reason},
             **run.describe(),
         },
@@ -233,13 +243,22 @@ class _Run:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def predict(
-        self, model: nn.Module, images: Tensor, query_points: Tensor | None, attention: str, single_sequence: bool
+        self,
+        model: nn.Module,
+        images: Tensor,
+        query_points: Tensor | None,
+        attention: str,
+        single_sequence: bool,
+        mask: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
-        """What a Reconstruction holds of the model's predictions for images [1, T, N, 3, H, W]."""
+        """What a Reconstruction holds of the model's predictions for images [1, T, N, 3, H, W], mask [T, N, H, W]."""
         _, times, views, _, height, width = images.shape
         as_grid = isinstance(model, VGGT_MV) and not single_sequence
         frames = images if as_grid else images.flatten(1, 2)
         options: dict[str, Any] = {"attention": attention} if as_grid else {}
+        if mask is not None:
+            given = torch.from_numpy(mask)[None].to(self.device)
+            options["dynamic_mask"] = given if as_grid else given.flatten(1, 2)
         try:
             with _evaluation(model, self.device), torch.inference_mode(), self.precision():
                 points = None if query_points is None else query_points.to(self.device)
@@ -257,6 +276,8 @@ class _Run:
             ) from error
         if query_points is not None:
             arrays["query_points"] = query_points.numpy()
+        if mask is not None:
+            arrays["given_mask"] = mask
         self.on_stage("collect", 1, 1)
         return arrays
 
@@ -294,6 +315,11 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         "residual_scale_norm": (x, x, vector, vector, vector),
         "qk_norm_rope": (qkv, vector, vector, vector, vector),
         "alternating_attention": (qkv,),
+        "dual_stream_attention": (qkv,),
+        "memory_write": (qkv,),
+        "memory_read": (qkv,),
+        "landmark_attention": (qkv,),
+        "block_dilated_attention": (qkv,),
     }
     chosen = {}
     for operator, tensors in calls.items():
@@ -334,7 +360,7 @@ def _open(source: Source, layout: Layout, max_frames: int | None, allow_single: 
     )
 
 
-def _check_model(model: nn.Module, query_points: Any) -> None:
+def _check_model(model: nn.Module, query_points: Any, dynamic_mask: Any) -> None:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(_name(dtype) for dtype in dtypes)) or "none"
@@ -343,6 +369,8 @@ def _check_model(model: nn.Module, query_points: Any) -> None:
         )
     if query_points is not None and getattr(model, "track_head", None) is None:
         raise VggtMvError("query_points were given, but the model has no track head; build it with enable_track=True")
+    if dynamic_mask is not None and not isinstance(model, VGGT_MV):
+        raise VggtMvError(f"dynamic_mask (--mask-dir) is for a VGGT_MV, got {type(model).__name__}, which takes none")
 
 
 def _choose_attention(requested: str, model: nn.Module, scene: Scene, run: _Run) -> tuple[str, str]:
@@ -439,6 +467,21 @@ def _describe_scene(scene: Scene) -> dict[str, Any]:
         "original_sizes": [list(size) for size in scene.image_sizes],
         "notes": scene.notes,
     }
+
+
+def _describe_model(model: nn.Module) -> dict[str, Any]:
+    aggregator = getattr(model, "aggregator", None)
+    sparse = list(getattr(aggregator, "sparse_global_layers", ()))
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dual_stream": bool(getattr(aggregator, "enable_dual_stream", False)),
+        "sparse_global": {"strategy": aggregator.sparse_strategy, "layers": sparse} if aggregator and sparse else None,
+    }
+
+
+def _describe_mask(dynamic_mask: MaskSource) -> str:
+    return str(dynamic_mask) if isinstance(dynamic_mask, str | Path) else f"array {list(dynamic_mask.shape)}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -69,6 +69,7 @@ class Reconstruction:
         depth, depth_conf: [T, N, H, W] float32; z in camera coordinates.
         world_points, world_points_conf: [T, N, H, W, 3] and [T, N, H, W] float32, from the point head.
         dynamic_mask: [T, N, h, w] float32 in [0, 1], 1 where the scene moves; one value per patch.
+        given_mask: [T, N, H, W] float32 in [0, 1], the mask that was handed in, as the network saw it.
         query_points: [M, 2] float32, (x, y) in pixels of the network image of time 0, view 0.
         tracks, track_vis, track_conf: [T, N, M, 2] (network pixels), [T, N, M], [T, N, M] float32.
         report: how it was made, JSON-ready: shapes, seconds per stage, memory, backend, attention, warnings.
@@ -92,6 +93,7 @@ class Reconstruction:
     world_points: NDArray[np.float32] | None = None
     world_points_conf: NDArray[np.float32] | None = None
     dynamic_mask: NDArray[np.float32] | None = None
+    given_mask: NDArray[np.float32] | None = None
     query_points: NDArray[np.float32] | None = None
     tracks: NDArray[np.float32] | None = None
     track_vis: NDArray[np.float32] | None = None
@@ -240,7 +242,7 @@ class Reconstruction:
         max_points: int | None = None,
         progress: ProgressCallback | None = None,
     ) -> Path:
-        """Write predictions.npz, cameras.json, points.ply, depth/*.png, overview.png and report.json.
+        """Write predictions.npz, cameras.json, points.ply, depth/*.png, dynamic_mask/*.png, overview.png, report.json.
 
         All is written beside ``folder`` and renamed into place at the end: ``folder`` is complete or not there.
 

@@ -12,6 +12,7 @@ from vggt_mv.errors import VggtMvError
 from vggt_mv.scene.export.cameras import write_cameras
 from vggt_mv.scene.export.depth import write_depth_previews, write_overview
 from vggt_mv.scene.export.folder import output_folder
+from vggt_mv.scene.export.mask import write_mask_overlays
 from vggt_mv.scene.export.npz import write_npz
 from vggt_mv.scene.export.ply import write_ply
 from vggt_mv.scene.export.report import write_report
@@ -23,6 +24,7 @@ __all__ = [
     "output_folder",
     "write_cameras",
     "write_depth_previews",
+    "write_mask_overlays",
     "write_npz",
     "write_outputs",
     "write_overview",
@@ -76,6 +78,9 @@ def write_outputs(
 
     no_cameras = "the model has no camera head" if reconstruction.extrinsics is None else None
     no_depth = "the model has no depth head" if reconstruction.depth is None else None
+    no_mask = None
+    if reconstruction.dynamic_mask is None and reconstruction.given_mask is None:
+        no_mask = "no mask of what moves was predicted or given"
     no_points = (no_depth or no_cameras) if reconstruction.world_points is None else None
     outputs = [
         _Output("predictions.npz", lambda path: write_npz(reconstruction, path)),
@@ -85,6 +90,12 @@ def write_outputs(
             "depth",
             lambda path: write_depth_previews(reconstruction, path, on_file=advance),
             no_depth,
+            steps=reconstruction.num_times * reconstruction.num_views,
+        ),
+        _Output(
+            "dynamic_mask",
+            lambda path: write_mask_overlays(reconstruction, path, on_file=advance),
+            no_mask,
             steps=reconstruction.num_times * reconstruction.num_views,
         ),
         _Output("overview.png", lambda path: write_overview(reconstruction, path)),

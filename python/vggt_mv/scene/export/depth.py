@@ -128,7 +128,7 @@ def write_depth_previews(
     for t in range(reconstruction.num_times):
         for n in range(reconstruction.num_views):
             rgb = depth_to_rgb(reconstruction.depth[t, n], near, far, valid[t, n])
-            _save(Image.fromarray(rgb), folder / names[t][n], reconstruction)
+            save_picture(Image.fromarray(rgb), folder / names[t][n], reconstruction)
             if on_file is not None:
                 on_file()
 
@@ -160,7 +160,7 @@ def write_overview(reconstruction: Reconstruction, path: Path) -> None:
                 rgb = depth_to_rgb(reconstruction.depth[t, n], near, far, valid[t, n])
                 below = y + caption + cell[1] + 2
                 sheet.paste(Image.fromarray(rgb).resize(cell, Image.Resampling.LANCZOS), (x, below))
-    _save(sheet, path, reconstruction)
+    save_picture(sheet, path, reconstruction)
 
 
 def _overview_rows(num_times: int, num_views: int) -> list[list[tuple[int, int]]]:
@@ -195,7 +195,7 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
         return ImageFont.load_default()
 
 
-def _save(picture: Image.Image, path: Path, reconstruction: Reconstruction) -> None:
+def save_picture(picture: Image.Image, path: Path, reconstruction: Reconstruction) -> None:
     """Save as PNG; with random weights under a strip that says so, and with the same in its metadata."""
     from vggt_mv.scene.reconstruction import RANDOM_WEIGHTS_NOTE
 

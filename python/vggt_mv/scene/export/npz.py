@@ -50,6 +50,7 @@ ARRAYS: tuple[ArraySpec, ...] = (
     ArraySpec(
         "dynamic_mask", "T N h w", "float32", "[0, 1]", "1 where the scene moves, one value per patch of 14 x 14 pixels"
     ),
+    ArraySpec("given_mask", "T N H W", "float32", "[0, 1]", "the mask that was handed in, 1 where the scene moves"),
     ArraySpec("query_points", "M 2", "float32", "network pixels", "(x, y) of the tracked points in time 0, view 0"),
     ArraySpec("tracks", "T N M 2", "float32", "network pixels", "(x, y) of each tracked point in each frame"),
     ArraySpec("track_vis", "T N M", "float32", "[0, 1]", "probability that the point is visible"),
