@@ -19,12 +19,17 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one peer: median and quartiles over the rounds, and the bytes that one run has to move."""
+    """Milliseconds of one peer: median and quartiles over the rounds, and bytes and FLOPs that one run needs."""
 
     median: float
     low: float
     high: float
     bytes_moved: int
+    flops: int = 0
+
+    @property
+    def gigaflops_per_second(self) -> float:
+        return self.flops / self.median / 1e6
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -51,6 +56,7 @@ class Comparison:
                 "bytes": t.bytes_moved,
                 "gb_per_s": round(t.gigabytes_per_second, 2),
                 "times_as_long": round(self.ratio(peer), 2),
+                **({"gflop_per_s": round(t.gigaflops_per_second, 1)} if t.flops else {}),
             }
             for peer, t in self.timings.items()
         }
@@ -58,9 +64,10 @@ class Comparison:
     def __str__(self) -> str:
         lines = [self.title]
         for peer, t in self.timings.items():
+            rate = f"  {t.gigaflops_per_second:7.1f} GFLOP/s" if t.flops else ""
             lines.append(
                 f"  {peer:<12} {t.median:9.3f} ms  ({t.low:.3f} to {t.high:.3f})  {t.bytes_moved / 1e6:8.2f} MB"
-                f"  {t.gigabytes_per_second:7.1f} GB/s  x{self.ratio(peer):.2f}"
+                f"  {t.gigabytes_per_second:7.1f} GB/s{rate}  x{self.ratio(peer):.2f}"
             )
         return "\n".join(lines)
 
@@ -70,6 +77,7 @@ def compare(
     peers: Mapping[str, Callable[[], Any]],
     bytes_moved: Mapping[str, int],
     *,
+    flops: Mapping[str, int] | None = None,
     device: str = "cpu",
     rounds: int = 25,
 ) -> Comparison:
@@ -88,5 +96,5 @@ def compare(
     timings = {}
     for peer, found in times.items():
         low, _, high = statistics.quantiles(found, n=4)
-        timings[peer] = Timing(statistics.median(found), low, high, bytes_moved[peer])
+        timings[peer] = Timing(statistics.median(found), low, high, bytes_moved[peer], (flops or {}).get(peer, 0))
     return Comparison(title, timings)

@@ -1,6 +1,6 @@
 """Operators of multi-view, multi-time geometry transformers on the token grid `[B, T, N, P, ...]`.
 
-B scenes of T times seen by N views, P tokens a frame. Eight operators, each a `torch.library` operator of the namespace
+B scenes of T times seen by N views, P tokens a frame. Nine operators, each a `torch.library` operator of the namespace
 `vggt_mv` with autograd, autocast rules and support for `torch.compile`:
 
 * `residual_scale_norm`: `x + gamma * y` and its LayerNorm in one pass,
@@ -9,7 +9,8 @@ B scenes of T times seen by N views, P tokens a frame. Eight operators, each a `
 * `dual_stream_attention`: the same for two streams of tokens, one muting and one amplifying what a mask marks,
 * `memory_write`, `memory_read`: a few memory tokens read all tokens of the grid, and all tokens read the memory,
 * `landmark_attention`: all tokens look at a few chosen ones,
-* `block_dilated_attention`: the tokens of a frame look at those of a few neighbour frames.
+* `block_dilated_attention`: the tokens of a frame look at those of a few neighbour frames,
+* `packed_linear`: a linear layer, on a CPU with its weights laid out for the matrix kernel, and exact GELU.
 
 An operator chooses the code that runs it (see `backends`): a compiled kernel where one fits, else `reference`.
 `explain` says which and why, `backend` and `set_backend` force a choice, `build_info` says what this build holds.
@@ -29,10 +30,13 @@ from .ops import (
     OPERATORS,
     alternating_attention,
     block_dilated_attention,
+    cannot_pack_linear_weight,
     dual_stream_attention,
     landmark_attention,
     memory_read,
     memory_write,
+    pack_linear_weight,
+    packed_linear,
     qk_norm_rope,
     residual_scale_norm,
 )
@@ -45,12 +49,15 @@ __all__ = [
     "backend",
     "block_dilated_attention",
     "build_info",
+    "cannot_pack_linear_weight",
     "dual_stream_attention",
     "explain",
     "get_backend",
     "landmark_attention",
     "memory_read",
     "memory_write",
+    "pack_linear_weight",
+    "packed_linear",
     "qk_norm_rope",
     "reference",
     "residual_scale_norm",

@@ -39,10 +39,14 @@ class Operator:
         name: the operator's name in `torch.ops.vggt_mv`.
         limits: for each kernel backend that has a kernel of this operator, a function of the operator's tensors that
             returns None, or the reason why that kernel cannot run them. The first tensor decides the device.
+        library: who brings the kernels, where it is not this package. Such an operator needs no compiled extension, and
+            what its kernels cannot run is plain PyTorch's part whichever backend is asked for: that choice is about
+            this package's own.
     """
 
     name: str
     limits: dict[str, KernelLimits] = field(default_factory=dict)
+    library: str | None = None
 
 
 def can_run_reference(operator: Operator, *tensors: Tensor | None) -> str | None:
@@ -56,6 +60,8 @@ def can_run_cpu(operator: Operator, *tensors: Tensor | None) -> str | None:
         return f"the tensors are on {tensors[0].device}"  # type: ignore[union-attr]
     if "cpu" not in operator.limits:
         return f"{operator.name} has no CPU kernel in this version"
+    if operator.library is not None:
+        return operator.limits["cpu"](*tensors)
     if extension is None:
         return "this build has no compiled kernels (vggt_mv_ext.build_info() says why)"
     return operator.limits["cpu"](*tensors)
@@ -67,6 +73,8 @@ def can_run_cuda(operator: Operator, *tensors: Tensor | None) -> str | None:
         return f"the tensors are on {tensors[0].device}"  # type: ignore[union-attr]
     if "cuda" not in operator.limits:
         return f"{operator.name} has no CUDA kernel in this version"
+    if operator.library is not None:
+        return operator.limits["cuda"](*tensors)
     if extension is None:
         return "this build has no compiled kernels (vggt_mv_ext.build_info() says why)"
     if not extension.has_cuda:
@@ -146,6 +154,8 @@ def choose(operator: Operator, *tensors: Tensor | None) -> str:
             if CAN_RUN[name](operator, *tensors) is None:
                 return name
     reason = CAN_RUN[_setting](operator, *tensors)
+    if reason is not None and operator.library is not None:
+        return "reference"
     if reason is not None:
         raise BackendError(f"{operator.name}: backend {_setting!r} was asked for and cannot run this call: {reason}")
     return _setting
@@ -181,7 +191,7 @@ def explain_choice(operator: Operator, *tensors: Tensor | None) -> Explanation:
         reason = CAN_RUN[name](operator, *tensors)
         if reason is not None:
             passed_over[name] = reason
-        elif _setting not in ("auto", name):
+        elif _setting not in ("auto", name) and not (name == "reference" and operator.library and chosen is None):
             passed_over[name] = f"{_setting} was asked for"
         elif chosen is not None:
             passed_over[name] = f"{chosen} comes first"

@@ -257,3 +257,9 @@ def block_dilated_attention(
         near_bias = None if bias is None else torch.cat([bias[frame] for frame in near], dim=1)
         frames.append(attend(queries, keys, values, near_bias, scale))
     return torch.stack(frames, dim=1).unflatten(1, qkv.shape[1:3])
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """`activation(x @ weight.T + bias)` in x's dtype; activation "none" is the identity, "gelu" exact GELU."""
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.gelu(y) if activation == "gelu" else y

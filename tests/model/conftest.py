@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.golden.fixtures import NAMES, Fixture, relative_error
 from vggt_mv.models.aggregator import Aggregator
+from vggt_mv_ext.ops import _packed_weights
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -47,6 +48,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["few rows, plain linears", "packed linears"])
+def linear_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models have too few tokens for packed weights to pay: here they are packed all the same."""
+    if request.param == "packed linears":
+        if _packed_weights.unsupported(torch.float32) is not None:
+            pytest.skip(str(_packed_weights.unsupported(torch.float32)))
+        monkeypatch.setattr(_packed_weights, "MIN_ROWS", 0)
 
 
 @pytest.fixture(scope="session")

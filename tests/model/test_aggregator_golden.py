@@ -5,9 +5,12 @@ Tolerance 1e-5, relative Frobenius error; measured 2.5e-7 to 4.6e-7 with the ref
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.golden.fixtures import Fixture
+
+pytestmark = pytest.mark.usefixtures("linear_layers")
 
 
 def _run(golden, **options):

@@ -16,6 +16,8 @@ from vggt_mv.heads.track_head import TrackHead
 
 TESTS = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.usefixtures("linear_layers")
+
 
 class Golden:
     """One fixture, with what several tests need of it made once."""

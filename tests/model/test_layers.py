@@ -401,3 +401,39 @@ def test_vit_initialisation():
     assert not vit.blocks[0].mlp.fc1.bias.any()
     assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
     assert 0 < vit.register_tokens.abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_fused_gelu_is_the_activation(linear_layers):
+    mlp = Mlp(16, 24)
+    x = torch.randn(2, 70, 16)
+    fused = mlp(x)
+    seen = []
+    handle = mlp.act.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    apart = mlp(x)
+    handle.remove()
+    ((before, after),) = seen
+    assert torch.allclose(fused, apart, rtol=1e-5, atol=1e-6)
+    assert torch.equal(before, mlp.fc1(x)) and torch.equal(after, nn.functional.gelu(before))
+    for other in (nn.GELU(approximate="tanh"), nn.ReLU()):
+        mlp.act = other
+        assert torch.equal(mlp(x), mlp.fc2(other(mlp.fc1(x))))
+    mlp = Mlp(16, 24)
+    mlp.fc1 = nn.Linear(16, 24)  # as adapters and quantizers put another module into a layer's place
+    assert torch.allclose(mlp(x), mlp.fc2(nn.functional.gelu(mlp.fc1(x))), rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_the_residual_stream_is_float32_and_norms_write_bfloat16():
+    block = Block(32, 2, init_values=0.5).eval()
+    seen = {}
+    for name in ("norm1", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        block.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (inputs[0].dtype, output.dtype)})
+        )
+    context = GridContext(axis="frame", grid_hw=(7, 10), num_special=1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        x, normed = block(torch.randn(1, 1, 1, 71, 32), grid=context, normed=None, next_norm=nn.LayerNorm(32))
+    assert x.dtype == torch.float32 and normed.dtype == torch.bfloat16
+    bf16 = torch.bfloat16
+    assert seen["norm1"] == (torch.float32, torch.float32)  # of the first block alone; the others get theirs normed
+    assert all(seen[name] == (bf16, bf16) for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))

@@ -6,6 +6,7 @@ from . import dual_stream_attention as _dual_stream_attention
 from . import landmark_attention as _landmark_attention
 from . import memory_read as _memory_read
 from . import memory_write as _memory_write
+from . import packed_linear as _packed_linear
 from . import qk_norm_rope as _qk_norm_rope
 from . import residual_scale_norm as _residual_scale_norm
 from .alternating_attention import alternating_attention
@@ -14,6 +15,7 @@ from .dual_stream_attention import dual_stream_attention
 from .landmark_attention import landmark_attention
 from .memory_read import memory_read
 from .memory_write import memory_write
+from .packed_linear import cannot_pack_linear_weight, pack_linear_weight, packed_linear
 from .qk_norm_rope import qk_norm_rope
 from .residual_scale_norm import residual_scale_norm
 
@@ -26,6 +28,7 @@ OPERATORS = {
         _landmark_attention,
         _memory_read,
         _memory_write,
+        _packed_linear,
         _qk_norm_rope,
         _residual_scale_norm,
     )
@@ -35,10 +38,13 @@ __all__ = [
     "OPERATORS",
     "alternating_attention",
     "block_dilated_attention",
+    "cannot_pack_linear_weight",
     "dual_stream_attention",
     "landmark_attention",
     "memory_read",
     "memory_write",
+    "pack_linear_weight",
+    "packed_linear",
     "qk_norm_rope",
     "residual_scale_norm",
 ]

@@ -72,6 +72,10 @@ class FeatureFusionBlock(nn.Module):
         return _resize(self.out_conv(x), size or (2 * x.shape[-2], 2 * x.shape[-1]))
 
 
+# Memory that the maps of the frames at work may take, where one frame does not take more: eight frames of 518 x 518.
+_MAP_BYTES = 2 << 30
+
+
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, corners aligned."""
     if tuple(x.shape[-2:]) == size:
@@ -216,8 +220,9 @@ class DPTHead(nn.Module):
                 this head does not read may be None.
             images: ``[B, S, 3, H, W]``; only the size counts.
             patch_start_idx: index of the first patch token of a frame.
-            frames_chunk_size: frames (of the B S) to work on at a time, which bounds the memory; None: all at once. The
-                result does not depend on it.
+            frames_chunk_size: frames (of the B S) to work on at a time, at most: fewer where their maps would take more
+                than 2 GiB, which at 518 x 518 pixels they do above 8. None: all at once. The result does not depend
+                on it.
 
         Returns:
             (values ``[B, S, H', W', output_dim - 1]``, confidence ``[B, S, H', W']``), or with `feature_only` the
@@ -243,7 +248,9 @@ class DPTHead(nn.Module):
             outputs.append(tokens.flatten(0, 1))
 
         total = batch * frames
-        step = total if frames_chunk_size is None else min(frames_chunk_size, total)
+        step = total
+        if frames_chunk_size is not None:
+            step = min(total, frames_chunk_size, max(1, _MAP_BYTES // self._map_bytes(height, width)))
         results: list[Tensor] = []  # one for each item of what is returned
         chunks: list[tuple[Tensor, ...]] = []
         for start in range(0, total, max(step, 1)):
@@ -260,6 +267,13 @@ class DPTHead(nn.Module):
             results = [items[0] if len(items) == 1 else torch.cat(items) for items in zip(*chunks, strict=True)]
         unflattened = [result.unflatten(0, (batch, frames)) for result in results]
         return unflattened[0] if self.feature_only else (unflattened[0], unflattened[1])
+
+    def _map_bytes(self, height: int, width: int) -> int:
+        """About what a frame's largest maps take: those on either side of the last two resizings."""
+        fused = (8 * height // self.patch_size) * (8 * width // self.patch_size)  # twice the finest of the four maps
+        result = (height // self.down_ratio) * (width // self.down_ratio)
+        first, last = self.scratch.output_conv1.in_channels, self.scratch.output_conv1.out_channels
+        return self.norm.weight.element_size() * (fused * (first + last) + result * last)
 
     def _predict(
         self, outputs: list[Tensor], grid: tuple[int, int], size: tuple[int, int]

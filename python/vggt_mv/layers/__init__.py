@@ -5,6 +5,7 @@ from vggt_mv.layers.block import Block
 from vggt_mv.layers.drop_path import DropPath
 from vggt_mv.layers.grid import GridContext
 from vggt_mv.layers.layer_scale import LayerScale
+from vggt_mv.layers.linear import Linear
 from vggt_mv.layers.mlp import Mlp
 from vggt_mv.layers.patch_embed import PatchEmbed
 from vggt_mv.layers.rope import PositionGetter, RotaryPositionEmbedding2D
@@ -16,6 +17,7 @@ __all__ = [
     "DropPath",
     "GridContext",
     "LayerScale",
+    "Linear",
     "Mlp",
     "PatchEmbed",
     "PositionGetter",

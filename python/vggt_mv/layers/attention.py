@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggt_mv.errors import VggtMvError
+from vggt_mv.layers.linear import Linear
 from vggt_mv.layers.rope import RotaryPositionEmbedding2D
 from vggt_mv_ext import alternating_attention, qk_norm_rope
 
@@ -64,11 +65,11 @@ class Attention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.fused_attn = fused_attn
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm: nn.Module = norm_layer(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = norm_layer(self.head_dim) if qk_norm else nn.Identity()
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj = Linear(dim, dim, bias=proj_bias)
         self.proj_drop: nn.Module = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
         self.rope = rope
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vggt_mv.layers.linear import Linear
+
 __all__ = ["Mlp"]
 
 
@@ -37,11 +39,24 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         hidden_features = hidden_features or in_features
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
+        self.fc1 = Linear(in_features, hidden_features, bias=bias)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+        self.fc2 = Linear(hidden_features, out_features or in_features, bias=bias)
         self.drop: nn.Module = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.fc1(x, activation="gelu") if self._has_plain_gelu() else self.act(self.fc1(x))
+        return self.drop(self.fc2(self.drop(hidden)))
+
+    def _has_plain_gelu(self) -> bool:
+        """Whether fc1 can apply the activation: nobody put other modules or hooks into their places."""
+        hooks = (
+            self.fc1._forward_hooks,
+            self.fc1._backward_hooks,
+            self.act._forward_hooks,
+            self.act._forward_pre_hooks,
+            self.act._backward_hooks,
+        )
+        exact = type(self.act) is nn.GELU and self.act.approximate == "none"
+        return exact and type(self.fc1) is Linear and not any(hooks)

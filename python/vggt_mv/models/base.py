@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vggt_mv.errors import VggtMvError
@@ -16,6 +18,7 @@ from vggt_mv.models.aggregator import Aggregator
 from vggt_mv.models.hub import PretrainedModel
 from vggt_mv.models.inputs import check_image_values, check_images, check_mask_values
 from vggt_mv.models.options import StageCallback, check_option_names, check_option_types, parameter_names
+from vggt_mv.weights.inference import InferenceReport, optimize_for_inference
 
 __all__ = ["VGGTBase"]
 
@@ -66,6 +69,15 @@ class VGGTBase(PretrainedModel):
                     f"{owner}: {name} must read outputs in 0..depth-1 = 0..{depth - 1} (intermediate_layer_idx), "
                     f"got {layer}"
                 )
+
+    def optimize_for_inference(
+        self, dtype: torch.dtype | None = None, *, release: bool = True, folder: str | Path | None = None
+    ) -> InferenceReport:
+        """Pack the weights of all Linears for a CPU, in the plain weights' place in memory.
+
+        See `vggt_mv.weights.optimize_for_inference`.
+        """
+        return optimize_for_inference(self, dtype, release=release, folder=folder)
 
     def _layers_read(self, tracks: bool = True) -> list[tuple[str, int]]:
         """(head, output of the aggregator) for all that the heads read."""

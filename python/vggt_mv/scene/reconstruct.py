@@ -311,6 +311,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     x = torch.zeros(1, 1, 1, 8, 64, device=device, dtype=dtype)
     qkv = torch.zeros(1, 1, 1, 8, 3, 1, 64, device=device, dtype=dtype)
     vector = torch.zeros(64, device=device, dtype=dtype)
+    weight = nn.Parameter(torch.zeros(64, 64, device=device), requires_grad=False)
     calls = {
         "residual_scale_norm": (x, x, vector, vector, vector),
         "qk_norm_rope": (qkv, vector, vector, vector, vector),
@@ -320,6 +321,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         "memory_read": (qkv,),
         "landmark_attention": (qkv,),
         "block_dilated_attention": (qkv,),
+        "packed_linear": (torch.zeros(1024, 64, device=device, dtype=dtype), weight),
     }
     chosen = {}
     for operator, tensors in calls.items():

@@ -19,6 +19,7 @@ from vggt_mv.weights.errors import (
     WeightsWarning,
 )
 from vggt_mv.weights.files import WeightsFile, open_weights
+from vggt_mv.weights.inference import InferenceReport, optimize_for_inference
 from vggt_mv.weights.lean import build_from_weights, parameters_on_meta
 from vggt_mv.weights.load import load_pretrained_weights
 from vggt_mv.weights.mixin import PretrainedWeightsMixin
@@ -30,6 +31,7 @@ from vggt_mv.weights.spec import ModelSpec, dual_stream_spec
 __all__ = [
     "AliasConflictError",
     "Entry",
+    "InferenceReport",
     "LoadPlan",
     "LoadProgress",
     "LoadReport",
@@ -52,6 +54,7 @@ __all__ = [
     "inspect_weights",
     "load_pretrained_weights",
     "open_weights",
+    "optimize_for_inference",
     "parameters_on_meta",
     "plan_load",
     "provenance_of",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
+from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
-__all__ = ["drop", "read_ahead"]
+__all__ = ["clean_file_views", "drop", "read_ahead", "trim"]
 
 _WILLNEED: Final = 3  # MADV_* of Linux
 _DONTNEED: Final = 4
+_VIEW: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
 
 
 def read_ahead(tensor: Tensor) -> None:
@@ -26,6 +29,33 @@ def drop(tensor: Tensor) -> None:
     Only for a private view of a file that nobody has written to: what was written would be lost.
     """
     _advise(tensor, _DONTNEED)
+
+
+def trim() -> None:
+    """Give back the memory that was freed but is kept for allocations to come; with glibc."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def clean_file_views() -> list[tuple[int, int]]:
+    """Address ranges that are private views of files to which this process has written nothing: `drop` is safe there.
+
+    A page that was written to is no longer the file's, and the kernel counts it as anonymous memory.
+    """
+    ranges: list[tuple[int, int]] = []
+    view: tuple[int, int] | None = None
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ranges
+    for line in lines:
+        head = _VIEW.match(line)
+        if head is not None:
+            begin, end, mode, inode = head.groups()
+            view = (int(begin, 16), int(end, 16)) if mode.endswith("p") and inode != "0" else None
+        elif view is not None and line.startswith("Anonymous:") and line.split()[1] == "0":
+            ranges.append(view)
+    return ranges
 
 
 def _advise(tensor: Tensor, advice: int) -> None:
