@@ -69,6 +69,26 @@ def test_a_block_on_the_grid_is_the_block_on_its_sequences(randomize, rel, axis,
     assert rel(_sequences(y, axis)[0], expected) < 1e-6
 
 
+@torch.no_grad()
+def test_what_hooks_hold_is_left_alone(randomize, rel):
+    """In inference a block writes over what its own parts gave, but not where somebody may still look at it."""
+    block = Block(16, 2, init_values=0.1, qk_norm=True, rope=RotaryPositionEmbedding2D())
+    randomize(block)
+    x = torch.randn(2, 2, 3, SPECIAL + 6, 16)
+    kept = x.clone()
+    plain, _ = block(x, grid=_context("view"), normed=None, next_norm=block.norm1)
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    parts = (block.attn, block.attn.qkv, block.attn.proj, block.mlp, block.mlp.fc2)
+    hooks = [p.register_forward_hook(lambda m, _, out: seen.__setitem__(m, (out, out.clone()))) for p in parts]
+    hooked, _ = block(x, grid=_context("view"), normed=None, next_norm=block.norm1)
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == set(parts)
+    assert all(torch.equal(now, then) for now, then in seen.values())
+    assert rel(hooked, plain) < 1e-6
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize("norm_layer", [nn.LayerNorm, partial(nn.LayerNorm, eps=1e-3), nn.RMSNorm], ids=str)
 @pytest.mark.parametrize("init_values", [0.1, None])
 def test_a_chain_of_blocks_hands_on_the_next_norm(randomize, rel, norm_layer, init_values):

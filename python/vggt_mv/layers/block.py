@@ -42,8 +42,21 @@ def _run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
+def _is_seen(module: nn.Module) -> bool:
+    """Whether somebody may still hold what the module gave: a hook, or a module that is not this package's."""
+    parts = (module, module.proj) if type(module) is Attention else (module, getattr(module, "fc2", module))
+    return type(module) not in (Attention, Mlp) or any(part._forward_hooks for part in parts)
+
+
 def _add_and_norm(
-    x: Tensor, y: Tensor, scale: nn.Module, drop_path: DropPath, norm: nn.Module
+    x: Tensor,
+    y: Tensor,
+    scale: nn.Module,
+    drop_path: DropPath,
+    norm: nn.Module,
+    *,
+    overwrite_x: bool = False,
+    overwrite_y: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + drop_path(scale(y))`` and ``norm(x')``, in one pass over the tokens where that is possible.
 
@@ -56,7 +69,9 @@ def _add_and_norm(
         and norm.bias is not None
         and not drop_path.active
     ):
-        return residual_scale_norm(x, y, scale.gamma, norm.weight, norm.bias, norm.eps)
+        return residual_scale_norm(
+            x, y, scale.gamma, norm.weight, norm.bias, norm.eps, overwrite_x=overwrite_x, overwrite_y=overwrite_y
+        )
     x = x + drop_path(scale(y))
     return x, norm(x)
 
@@ -162,11 +177,13 @@ class Block(nn.Module):
         return x if grid is None else (x, normed)
 
     def finish(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-        """From the attention's result `y` to the block's: both residual additions and the MLP."""
-        x, normed = _add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2)
+        """From the attention's result `y`, which is used up, to the block's: both residual additions and the MLP."""
+        x, normed = _add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2, overwrite_y=not _is_seen(self.attn))
         y = _run_mlp(self.mlp, normed)
-        if next_norm is not None:
-            return _add_and_norm(x, y, self.ls2, self.drop_path2, next_norm)
+        if next_norm is not None:  # x is this block's own by now
+            return _add_and_norm(
+                x, y, self.ls2, self.drop_path2, next_norm, overwrite_x=True, overwrite_y=not _is_seen(self.mlp)
+            )
         return x + self.drop_path2(self.ls2(y)), None
 
     def add_attention(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
