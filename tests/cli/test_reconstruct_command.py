@@ -405,7 +405,14 @@ def test_interrupted_runs_leave_nothing(
 ) -> None:
     # The full-size model, so that it is still being built when the signal comes.
     command = [sys.executable, "-m", "vggt_mv.cli", "reconstruct", str(images), "-o", str(tmp_path / "out"), "-q"]
-    process = subprocess.Popen([*command, "--random-weights"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "--random-weights"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 60
         while not any(path.name.endswith(".partial") for path in tmp_path.iterdir()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"vggt-mv: error: {error.name} is missing; install it with: pip install typer rich", file=sys.stderr)
         return EXIT_BAD_INPUT
+    # PyTorch reads this when it first allocates. Activations come and go by the hundred megabytes, and a system that
+    # hands them out in pages of 4 KiB takes longer for that than the cheaper operators take to fill them.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from vggt_mv.cli.app import app
 
     with _terminating_politely(), warnings.catch_warnings():
