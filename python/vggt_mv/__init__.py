@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vggt_mv.scene.reconstruction import Reconstruction
     from vggt_mv.scene.sources import Scene, open_scene
     from vggt_mv.scene.synthetic import synthetic_scene
+    from vggt_mv.scene.windows import reconstruct_to_folder
     from vggt_mv_ext._version import __version__
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "open_scene",
     "preprocess",
     "reconstruct",
+    "reconstruct_to_folder",
     "synthetic_scene",
 ]
 
@@ -58,6 +60,7 @@ _HOME = {
     "open_scene": "vggt_mv.scene.sources",
     "preprocess": "vggt_mv.scene.preprocess",
     "reconstruct": "vggt_mv.scene.reconstruct",
+    "reconstruct_to_folder": "vggt_mv.scene.windows",
     "synthetic_scene": "vggt_mv.scene.synthetic",
 }
 

@@ -383,7 +383,7 @@ def test_the_unforeseen_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("vggt_mv.scene.reconstruct._collect", broken)
+    monkeypatch.setattr("vggt_mv.scene.running._collect", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         vggt_mv("reconstruct", images, "-o", tmp_path / "out", "--random-weights", "--config", small)
     nothing_left(tmp_path)

@@ -177,6 +177,20 @@ def test_images_are_decoded_lazily_one_at_a_time(grid: Path, monkeypatch: pytest
     assert len(read) == 1
 
 
+def test_reading_can_begin_later_and_in_a_part(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = open_scene(grid)
+    every = [[np.asarray(image) for image in views] for views in scene.frames()]
+    read: list[Path] = []
+    monkeypatch.setattr(opening, "read_image", lambda path: read.append(path) or read_image(path))
+    later = [[np.asarray(image) for image in views] for views in scene.frames(1)]
+    np.testing.assert_array_equal(later, every[1:])
+    assert len(read) == 4  # what lies before is not opened
+    part = scene.part(1, 2)
+    assert (part.names, part.num_times, part.view_names) == (scene.names[1:2], 1, scene.view_names)
+    np.testing.assert_array_equal([[np.asarray(image) for image in views] for views in part.frames()], every[1:2])
+    assert list(scene.part(0, 3).frames(3)) == list(scene.frames(3)) == []
+
+
 # What becomes of a pixel ---------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,17 @@ def test_max_frames_of_a_video_takes_first_and_last(film: Film) -> None:
     assert "4 of 13 frames used, evenly spread (max_frames)" in scene.notes
 
 
+@pytest.mark.parametrize("cameras", [1, 2])
+def test_videos_can_be_read_from_a_later_time(film: Film, cameras: int) -> None:
+    paths = [film(f"cam{n}.mp4", ramp(7), rate=10) for n in range(cameras)]
+    scene = open_scene(paths if cameras > 1 else paths[0])
+    every = [[np.asarray(image) for image in views] for views in scene.frames()]
+    np.testing.assert_array_equal([[np.asarray(image) for image in views] for views in scene.frames(4)], every[4:])
+    part = scene.part(2, 5)
+    assert part.times == pytest.approx([0.2, 0.3, 0.4])
+    np.testing.assert_array_equal([[np.asarray(image) for image in views] for views in part.frames(1)], every[3:5])
+
+
 def test_video_as_views_of_a_static_scene(film: Film) -> None:
     scene = open_scene(film("walk.mp4", ramp(3)), layout="views")
     assert (scene.num_times, scene.num_views, scene.times) == (1, 3, None)

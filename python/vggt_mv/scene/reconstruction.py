@@ -197,18 +197,33 @@ class Reconstruction:
         check_percentile(conf_percentile)
         if max_points is not None and max_points < 1:
             raise VggtMvError(f"max_points must be at least 1, got {max_points}")
-        points, confidence, keep = self._points(source)
-        keep = keep & self.valid_pixels() & np.isfinite(points).all(axis=-1)
+        points, confidence, keep = self.usable_points(source)
         threshold: float | None = None
-        if confidence is not None:
-            keep &= np.isfinite(confidence)
-            if keep.any():
-                threshold = float(np.percentile(confidence[keep], conf_percentile))
-                keep &= confidence >= threshold
+        if confidence is not None and keep.any():
+            threshold = float(np.percentile(confidence[keep], conf_percentile))
+            keep &= confidence >= threshold
         index = np.flatnonzero(keep)
         if max_points is not None and len(index) > max_points:
             index = np.sort(np.random.default_rng(0).choice(index, max_points, replace=False))
-        frame = index // (keep.shape[2] * keep.shape[3])
+        return self._cloud(index, points, confidence, threshold)
+
+    def points_above(self, threshold: float | None, source: PointSource = "auto") -> PointCloud:
+        """All usable points whose confidence reaches a threshold, or all of them; see ``point_cloud``."""
+        points, confidence, keep = self.usable_points(source)
+        if confidence is not None and threshold is not None:
+            keep &= confidence >= threshold
+        return self._cloud(np.flatnonzero(keep), points, confidence, threshold)
+
+    def _cloud(
+        self,
+        index: NDArray[np.intp],
+        points: NDArray[np.float32],
+        confidence: NDArray[np.float32] | None,
+        threshold: float | None,
+    ) -> PointCloud:
+        """The points at flat indices into the pixels of all frames."""
+        height, width = self.network_size
+        frame = index // (height * width)
         return PointCloud(
             points=np.ascontiguousarray(points.reshape(-1, 3)[index], dtype=np.float32),
             colors=self.images.reshape(-1, 3)[index],
@@ -217,6 +232,19 @@ class Reconstruction:
             view=(frame % self.num_views).astype(np.uint16),
             threshold=threshold,
         )
+
+    def usable_points(
+        self, source: PointSource = "auto"
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.bool_]]:
+        """Points [T, N, H, W, 3], their confidence [T, N, H, W] if there is one, and which of them can be used.
+
+        Not: padding, points and confidences that are not finite, depths of 0 and below.
+        """
+        points, confidence, keep = self._points(source)
+        keep = keep & self.valid_pixels() & np.isfinite(points).all(axis=-1)
+        if confidence is not None:
+            keep &= np.isfinite(confidence)
+        return points, confidence, keep
 
     def _points(self, source: PointSource) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.bool_]]:
         """Points [T,N,H,W,3], their confidence [T,N,H,W] if there is one, and which can be used [T,N,H,W]."""

@@ -14,7 +14,7 @@ from vggt_mv.scene.export.depth import write_depth_previews, write_overview
 from vggt_mv.scene.export.folder import output_folder
 from vggt_mv.scene.export.mask import write_mask_overlays
 from vggt_mv.scene.export.npz import write_npz
-from vggt_mv.scene.export.ply import write_ply
+from vggt_mv.scene.export.ply import made_by, write_ply
 from vggt_mv.scene.export.report import write_report
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def write_outputs(
 
     def write_points(path: Path) -> None:
         cloud = reconstruction.point_cloud(conf_percentile, max_points)
-        write_ply(cloud, path, comments=_comments(reconstruction))
+        write_ply(cloud, path, comments=made_by(reconstruction.weights.description, reconstruction.random_weights))
         points_facts.update(count=len(cloud), conf_percentile=conf_percentile, conf_threshold=cloud.threshold)
 
     no_cameras = "the model has no camera head" if reconstruction.extrinsics is None else None
@@ -122,16 +122,3 @@ def write_outputs(
                 f"{output.name} cannot be written ({error.strerror or error}); is the disk full?"
             ) from error
         advance(output.steps - (done - before))
-
-
-def _comments(reconstruction: Reconstruction) -> list[str]:
-    """Lines for the header of a file that has room for comments: what made it, and from which weights."""
-    from vggt_mv.scene.reconstruction import RANDOM_WEIGHTS_NOTE
-
-    comments = [
-        "made by vggt_mv; world coordinates, OpenCV axes (x right, y down, z forward), arbitrary unit",
-        f"weights: {reconstruction.weights.description}",
-    ]
-    if reconstruction.random_weights:
-        comments.append(RANDOM_WEIGHTS_NOTE)
-    return comments

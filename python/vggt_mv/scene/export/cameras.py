@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,24 +27,6 @@ def cameras_dict(reconstruction: Reconstruction) -> dict[str, Any]:
     """The content of cameras.json. Matrices that are not finite become null (JSON knows no NaN)."""
     from vggt_mv.scene.export.report import weights_dict
 
-    extrinsics, intrinsics = reconstruction.extrinsics, reconstruction.intrinsics
-    original, inverse = reconstruction.intrinsics_original, reconstruction.world_from_camera
-    if extrinsics is None or intrinsics is None or original is None or inverse is None:
-        raise ValueError("cameras_dict: the reconstruction has no cameras")
-    bottom = np.array([[0.0, 0.0, 0.0, 1.0]])
-    cameras = [
-        {
-            "time": t,
-            "view": n,
-            "view_name": reconstruction.view_names[n],
-            "image": reconstruction.names[t][n],
-            "camera_from_world": _matrix(np.concatenate([extrinsics[t, n], bottom])),
-            "world_from_camera": _matrix(inverse[t, n]),
-            "intrinsics": {"network": _matrix(intrinsics[t, n]), "original": _matrix(original[t, n])},
-        }
-        for t in range(reconstruction.num_times)
-        for n in range(reconstruction.num_views)
-    ]
     height, width = reconstruction.network_size
     return {
         "format": CAMERAS_FORMAT,
@@ -64,8 +47,28 @@ def cameras_dict(reconstruction: Reconstruction) -> dict[str, Any]:
             {"index": t, "seconds": None if reconstruction.times is None else reconstruction.times[t]}
             for t in range(reconstruction.num_times)
         ],
-        "cameras": cameras,
+        "cameras": list(camera_entries(reconstruction)),
     }
+
+
+def camera_entries(reconstruction: Reconstruction, first_time: int = 0) -> Iterator[dict[str, Any]]:
+    """The entries of "cameras"; ``first_time`` is what time 0 of the reconstruction is called."""
+    extrinsics, intrinsics = reconstruction.extrinsics, reconstruction.intrinsics
+    original, inverse = reconstruction.intrinsics_original, reconstruction.world_from_camera
+    if extrinsics is None or intrinsics is None or original is None or inverse is None:
+        raise ValueError("camera_entries: the reconstruction has no cameras")
+    bottom = np.array([[0.0, 0.0, 0.0, 1.0]])
+    for t in range(reconstruction.num_times):
+        for n in range(reconstruction.num_views):
+            yield {
+                "time": first_time + t,
+                "view": n,
+                "view_name": reconstruction.view_names[n],
+                "image": reconstruction.names[t][n],
+                "camera_from_world": _matrix(np.concatenate([extrinsics[t, n], bottom])),
+                "world_from_camera": _matrix(inverse[t, n]),
+                "intrinsics": {"network": _matrix(intrinsics[t, n]), "original": _matrix(original[t, n])},
+            }
 
 
 def write_cameras(reconstruction: Reconstruction, path: Path) -> None:

@@ -133,15 +133,27 @@ def write_depth_previews(
                 on_file()
 
 
-def write_overview(reconstruction: Reconstruction, path: Path) -> None:
+def write_overview(
+    reconstruction: Reconstruction,
+    path: Path,
+    *,
+    rows: list[list[tuple[int, int]]] | None = None,
+    near_far: tuple[float, float] | None = None,
+) -> None:
     """Write one sheet of images above their depth maps, an even choice of them where there are many.
 
     Rows are times and columns views, or the other way round where there are more times: sheets are wide, not tall. A
     single row wraps.
+
+    Args:
+        rows: (time, view) of the cells, by default those of ``overview_rows``.
+        near_far: range of depth, by default that of the reconstruction.
     """
-    rows = _overview_rows(reconstruction.num_times, reconstruction.num_views)
+    rows = overview_rows(reconstruction.num_times, reconstruction.num_views) if rows is None else rows
     valid = reconstruction.valid_pixels()
-    near, far = (1.0, 1.0) if reconstruction.depth is None else depth_range(reconstruction.depth, valid)
+    if near_far is None:
+        near_far = (1.0, 1.0) if reconstruction.depth is None else depth_range(reconstruction.depth, valid)
+    near, far = near_far
     height, width = reconstruction.network_size
     scale = min(1.0, _OVERVIEW_CELL / width)
     cell = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -163,7 +175,7 @@ def write_overview(reconstruction: Reconstruction, path: Path) -> None:
     save_picture(sheet, path, reconstruction)
 
 
-def _overview_rows(num_times: int, num_views: int) -> list[list[tuple[int, int]]]:
+def overview_rows(num_times: int, num_views: int) -> list[list[tuple[int, int]]]:
     """The (time, view) of the cells of the overview."""
     times, views = _even_choice(num_times, _OVERVIEW_LINES), _even_choice(num_views, _OVERVIEW_LINES)
     if min(num_times, num_views) == 1:

@@ -37,7 +37,7 @@ def output_folder(
         VggtMvError: ``path`` is a file, is not empty, is not an output of ours, or its parent cannot be written.
     """
     target = Path(os.path.realpath(path))
-    _check_target(target, str(path), overwrite, marker, marker_format)
+    check_target(target, str(path), overwrite, marker, marker_format)
     staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     made_parents: list[Path] = []
     try:
@@ -47,14 +47,14 @@ def output_folder(
                 made_parents.insert(0, parent)
             staging.mkdir()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         yield staging
         try:
             # Looked at again: somebody may have put something there in the meantime.
-            _check_target(target, str(path), overwrite, marker, marker_format)
-            _move_into_place(staging, target)
+            check_target(target, str(path), overwrite, marker, marker_format)
+            move_into_place(staging, target)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in made_parents:
@@ -68,7 +68,10 @@ def files_under(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
 
 
-def _check_target(target: Path, shown: str, overwrite: bool, marker: str, marker_format: str) -> None:
+def check_target(
+    target: Path, shown: str, overwrite: bool, marker: str = REPORT_NAME, marker_format: str = REPORT_FORMAT
+) -> None:
+    """Raise VggtMvError unless an output may take the place of ``target``; see ``output_folder``."""
     if not os.path.exists(target):
         return
     if not target.is_dir():
@@ -82,7 +85,7 @@ def _check_target(target: Path, shown: str, overwrite: bool, marker: str, marker
         present = [name for name in files_under(target) if Path(name).name not in _LITTER]
         empty = not any(target.iterdir())
     except OSError as error:
-        raise _unwritable(shown, error) from error
+        raise unwritable(shown, error) from error
     if empty:
         return
     if not overwrite:
@@ -118,7 +121,8 @@ def _files_of_output(marker: Path, marker_format: str) -> set[str] | None:
     return {str(name) for name in report["files"]}
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def move_into_place(staging: Path, target: Path) -> None:
+    """Rename a complete output to its place; an earlier one goes only after that."""
     if not os.path.exists(target):
         staging.rename(target)
         return
@@ -132,7 +136,8 @@ def _move_into_place(staging: Path, target: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _unwritable(path: str | Path, error: OSError) -> VggtMvError:
+def unwritable(path: str | Path, error: OSError) -> VggtMvError:
+    """The error for an output folder that the system refuses."""
     return VggtMvError(
         f"output folder {str(path)!r} cannot be written ({error.strerror or error}); choose one that you may write to"
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vggt_mv.scene.export.folder import REPORT_FORMAT, files_under
 from vggt_mv.scene.export.npz import ARRAYS, npz_arrays
@@ -32,6 +33,26 @@ def weights_dict(reconstruction: Reconstruction) -> dict[str, Any]:
     return facts
 
 
+def array_table(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """What the report says of arrays, by name and shape."""
+    specs = {spec.name: spec for spec in ARRAYS}
+    return {
+        name: {
+            "shape": list(shape),
+            "dtype": specs[name].dtype,
+            "axes": specs[name].axes,
+            "unit": specs[name].unit,
+            "meaning": specs[name].meaning,
+        }
+        for name, shape in shapes.items()
+    }
+
+
+def count_non_finite(array: NDArray[Any]) -> int:
+    """How many values are NaN or infinite."""
+    return int(array.size - np.isfinite(array).sum())
+
+
 def report_dict(
     reconstruction: Reconstruction,
     files: list[str],
@@ -39,23 +60,17 @@ def report_dict(
     points: Mapping[str, object] | None = None,
     not_written: Mapping[str, str | None] | None = None,
     write_seconds: float | None = None,
+    arrays: Mapping[str, object] | None = None,
+    non_finite: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The content of report.json: what ``reconstruct`` recorded, then arrays, points and files."""
-    arrays = npz_arrays(reconstruction)
-    specs = {spec.name: spec for spec in ARRAYS}
-    table = {
-        name: {
-            "shape": list(array.shape),
-            "dtype": specs[name].dtype,
-            "axes": specs[name].axes,
-            "unit": specs[name].unit,
-            "meaning": specs[name].meaning,
-        }
-        for name, array in arrays.items()
-    }
-    non_finite = {
-        name: int(array.size - np.isfinite(array).sum()) for name, array in arrays.items() if array.dtype.kind == "f"
-    }
+    """The content of report.json: what ``reconstruct`` recorded, then arrays, points and files.
+
+    ``arrays`` (of ``array_table``) and ``non_finite`` are the reconstruction's own, unless they are given.
+    """
+    if arrays is None or non_finite is None:
+        values = npz_arrays(reconstruction)
+        arrays = array_table({name: array.shape for name, array in values.items()})
+        non_finite = {name: count_non_finite(array) for name, array in values.items() if array.dtype.kind == "f"}
     seconds = dict(reconstruction.report.get("seconds", {}))
     if write_seconds is not None:
         seconds["write"] = round(write_seconds, 4)
@@ -65,7 +80,7 @@ def report_dict(
         "weights": weights_dict(reconstruction),
         **reconstruction.report,
         "seconds": seconds,
-        "arrays": table,
+        "arrays": dict(arrays),
         "non_finite": {name: count for name, count in non_finite.items() if count},
         "points": dict(points or {}),
         "files": files,

@@ -203,7 +203,7 @@ def _open_video(path: Path, options: _Options) -> Scene:
         times=None if as_views else [video.times[index] for index in chosen],
         source=options.source,
         notes=notes,
-        _decode=lambda: read_frames(video, chosen),
+        _decode=lambda start: read_frames(video, chosen[start:]),
     )
 
 
@@ -217,8 +217,8 @@ def _open_videos(paths: list[Path], options: _Options) -> Scene:
         view_names = distinct_names(paths)
     slowest = max(range(len(videos)), key=lambda n: videos[n].interval)
 
-    def decode() -> Iterator[Image.Image]:
-        cameras = [read_frames(video, [moment[n] for moment in moments]) for n, video in enumerate(videos)]
+    def decode(start: int) -> Iterator[Image.Image]:
+        cameras = [read_frames(video, [moment[n] for moment in moments[start:]]) for n, video in enumerate(videos)]
         return chain.from_iterable(zip(*cameras, strict=True))
 
     check_count(len(moments) * len(videos), "videos", options.allow_single)
@@ -289,8 +289,8 @@ def _scene_of_images(
     )
 
 
-def _image_decoder(rows: list[list[Path]]) -> Callable[[], Iterator[Image.Image]]:
-    return lambda: map(read_image, chain.from_iterable(rows))
+def _image_decoder(rows: list[list[Path]]) -> Callable[[int], Iterator[Image.Image]]:
+    return lambda start: map(read_image, chain.from_iterable(rows[start:]))
 
 
 def _existing_paths(source: Source) -> tuple[list[Path], str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +52,8 @@ class Scene:
     times: list[float] | None = None
     source: str = ""
     notes: list[str] = field(default_factory=list)
-    _decode: Callable[[], Iterator[Image.Image]] = field(repr=False, kw_only=True)
+    # Images from a time on, t-major.
+    _decode: Callable[[int], Iterator[Image.Image]] = field(repr=False, kw_only=True)
 
     @property
     def num_times(self) -> int:
@@ -70,15 +72,19 @@ class Scene:
         """(height, width) of the originals of the first view; see ``image_sizes`` where views differ."""
         return self.image_sizes[0]
 
-    def images(self) -> Iterator[Image.Image]:
+    def images(self, start: int = 0) -> Iterator[Image.Image]:
         """T N upright 8-bit RGB images, all views of the first time, then of the second, one in memory at a time.
+
+        Args:
+            start: the time to begin with. Files of images before it are not opened; videos are decoded from their
+                beginning.
 
         Raises:
             SceneError: an image that no longer decodes, or no longer has the size that it had when the scene was
                 opened.
         """
-        count = 0
-        for count, image in enumerate(self._decode(), start=1):
+        count = before = start * self.num_views
+        for count, image in enumerate(self._decode(start), start=before + 1):
             time, view = divmod(count - 1, self.num_views)
             size = (image.height, image.width)
             if size != self.image_sizes[view]:
@@ -89,14 +95,30 @@ class Scene:
             yield image
         assert count == self.num_images, (count, self.num_images)
 
-    def frames(self) -> Iterator[list[Image.Image]]:
-        """One list of N upright 8-bit RGB images per time, in order. See ``images`` for what it raises."""
+    def frames(self, start: int = 0) -> Iterator[list[Image.Image]]:
+        """One list of N upright 8-bit RGB images per time, in order. See ``images`` for what it takes and raises."""
         views: list[Image.Image] = []
-        for image in self.images():
+        for image in self.images(start):
             views.append(image)
             if len(views) == self.num_views:
                 yield views
                 views = []
+
+    def part(self, start: int, stop: int) -> Scene:
+        """The times from ``start`` up to and without ``stop`` as a scene of their own.
+
+        Example:
+            >>> scene = Scene.from_tensor(torch.rand(5, 2, 3, 28, 42))
+            >>> [names[0] for names in scene.part(1, 3).names]
+            ['time 1, view0', 'time 2, view0']
+        """
+        count = (stop - start) * self.num_views
+        return replace(
+            self,
+            names=self.names[start:stop],
+            times=None if self.times is None else self.times[start:stop],
+            _decode=lambda begin: itertools.islice(self._decode(start + begin), count - begin * self.num_views),
+        )
 
     def describe(self) -> str:
         """One line for a person: ``grid: 6 times x 2 views, 640x480``."""
@@ -149,8 +171,8 @@ class Scene:
         if len(names_of_views) != num_views:
             raise SceneError(f"view_names must name {num_views} views, got {len(names_of_views)} names")
 
-        def decode() -> Iterator[Image.Image]:
-            for views in grid:
+        def decode(start: int) -> Iterator[Image.Image]:
+            for views in grid[start:]:
                 for image in views:
                     yield Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
 
