@@ -26,6 +26,7 @@ _STAGES = {
     "points": "points",
     "tracks": "tracks",
     "collect": "collecting",
+    "windows": "windows",
     "write": "writing",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from vggt_mv.cli.console import Bars, large, load_operators, note, size
 from vggt_mv.errors import VggtMvError
 
 if TYPE_CHECKING:
+    from vggt_mv.scene.export.stored import StoredReconstruction
     from vggt_mv.scene.reconstruction import Reconstruction
 
 Weights = Annotated[
@@ -52,6 +55,20 @@ MaskDir = Annotated[
         metavar="FOLDER",
     ),
 ]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="For long recordings: see so many times at once, write to disk on the way. A run that was stopped goes on "
+        "when the same command is given again.",
+        metavar="T",
+    ),
+]
+Stride = Annotated[
+    int | None, typer.Option(help="Times from window to window, fewer than --window (default: half).", metavar="S")
+]
+NoMemoryCarry = Annotated[
+    bool, typer.Option("--no-memory-carry", help="Start the memory bank anew in each window (--sparse-global).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 
 
@@ -90,6 +107,9 @@ def reconstruct(
     dual_stream: DualStream = False,
     sparse_global: SparseGlobal = None,
     mask_dir: MaskDir = None,
+    window: Window = None,
+    stride: Stride = None,
+    no_memory_carry: NoMemoryCarry = False,
     conf_percentile: Percentile = 50.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -109,6 +129,7 @@ def reconstruct(
     from vggt_mv.scene.reconstruct import check_attention, reconstruct, resolve_device, resolve_dtype
     from vggt_mv.scene.reconstruction import check_percentile
     from vggt_mv.scene.sources import open_scene
+    from vggt_mv.scene.windows import plan_windows, reconstruct_to_folder
 
     refuse_no_weights(weights, random_weights)
     refuse_output_around_inputs(inputs, output)
@@ -119,7 +140,14 @@ def reconstruct(
     set_threads(threads)
     # Checked by those they are for, one by one, whatever their type here.
     how: Any = {"layout": layout, "attention": attention, "dtype": dtype, "preprocess": preprocess}
-    with output_folder(output, overwrite=overwrite) as staging, Bars(quiet=quiet) as bars:
+    in_windows = window is not None
+    if not in_windows and (stride is not None or no_memory_carry):
+        raise VggtMvError(
+            f"{'--stride' if stride is not None else '--no-memory-carry'} is for --window; give that, too"
+        )
+    place_to_write: Any = going_on(output, overwrite) if in_windows else output_folder(output, overwrite=overwrite)
+    result: Any
+    with place_to_write as staging, Bars(quiet=quiet) as bars:
         # All that can be wrong is looked at before the model is loaded, which takes longer than most mistakes.
         chosen = choose_config(weights, config)
         options = model_options(dual_stream, sparse_global)
@@ -134,6 +162,8 @@ def reconstruct(
         plan_transforms(scene, image_size=image_size, mode=how["preprocess"])
         if mask_dir is not None:
             find_masks(mask_dir, scene)
+        if window is not None:
+            plan_windows(scene.num_times, window, stride)
         with bars.busy("loading model"):
             model = load_model(
                 weights,
@@ -144,10 +174,41 @@ def reconstruct(
                 device=place,
                 progress=bars.loading,
             )
-        result = reconstruct(scene, model, image_size=image_size, dynamic_mask=mask_dir, progress=bars, **how)
-        result.report["model"]["config"] = chosen if isinstance(chosen, dict) else str(chosen)
-        write_outputs(result, staging, conf_percentile=conf_percentile, progress=bars)
+        how |= {"image_size": image_size, "dynamic_mask": mask_dir, "progress": bars}
+        named = chosen if isinstance(chosen, dict) else str(chosen)
+        if window is not None:
+            result = reconstruct_to_folder(
+                scene,
+                model,
+                output,
+                window=window,
+                stride=stride,
+                carry_memory=not no_memory_carry,
+                overwrite=overwrite,
+                conf_percentile=conf_percentile,
+                model_config=named,
+                **how,
+            )
+        else:
+            result = reconstruct(scene, model, **how)
+            result.report["model"]["config"] = named
+            write_outputs(result, staging, conf_percentile=conf_percentile, progress=bars)
     summarize(result, output, quiet=quiet)
+
+
+@contextlib.contextmanager
+def going_on(output: Path, overwrite: bool) -> Iterator[None]:
+    """Look at the output folder before anything else; where a run is stopped, say that it can go on."""
+    from vggt_mv.scene.export.folder import check_target
+    from vggt_mv.scene.export.resumable import partial_folder
+
+    check_target(output.resolve(), str(output), overwrite)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if (folder := partial_folder(output)).exists():
+            note(f"stopped; the same command goes on after the last whole window (what there is lies in {folder})")
+        raise
 
 
 def model_options(dual_stream: bool, sparse_global: str | None) -> dict[str, Any]:
@@ -186,7 +247,7 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def summarize(result: Reconstruction, output: Path, *, quiet: bool) -> None:
+def summarize(result: Reconstruction | StoredReconstruction, output: Path, *, quiet: bool) -> None:
     """What was made, in a few lines."""
     report: dict[str, Any] = result.report
     height, width = result.network_size
@@ -200,6 +261,15 @@ def summarize(result: Reconstruction, output: Path, *, quiet: bool) -> None:
         f"{report['device']}",
         quiet=quiet,
     )
+    if windows := report.get("windows"):
+        fits = [window["alignment"] for window in windows["windows"][1:]]
+        worst = max((fit["median_residual"] / fit["extent"] for fit in fits), default=0.0)
+        again = f" (went on after {windows['resumed_after']})" if windows["resumed_after"] else ""
+        note(
+            f"{windows['count']} windows of {windows['window']} times{again}, worst alignment {100 * worst:.2g} % of "
+            f"the extent of its points; memory: {windows['memory']}",
+            quiet=quiet,
+        )
     peak = memory.get("cuda_peak_allocated") or memory["process_peak_resident"]
     note(
         f"{report['seconds']['total']:.1f} s, peak memory {'unknown' if peak is None else size(peak)}; "
@@ -217,6 +287,7 @@ def summarize(result: Reconstruction, output: Path, *, quiet: bool) -> None:
         "depth": "a picture of depth per image",
         "dynamic_mask": "a picture of what moves per image",
         "predictions.npz": "all arrays",
+        "predictions": "all arrays, one file each",
         "report.json": "how it was made",
     }.items():
         path = output / name
