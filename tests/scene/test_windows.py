@@ -384,7 +384,7 @@ def test_what_is_in_the_way_is_not_removed(model: nn.Module, tmp_path: Path) -> 
 
 SCRIPT = textwrap.dedent(
     """
-    import os, signal, sys, json, resource
+    import os, signal, sys
     import numpy as np, torch
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
@@ -404,7 +404,9 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
     import vggt_mv_ext
 
     folders = [str(Path(str(package.__file__)).parents[1]) for package in (vggt_mv, vggt_mv_ext)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    # glibc keeps freed blocks for later, more of them the longer a process runs, unless they are large: all are, then.
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **malloc, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     script = SCRIPT.format(tests=str(Path(__file__).parent)) + textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
 
@@ -455,7 +457,8 @@ def test_memory_does_not_depend_on_the_length(tmp_path: Path) -> None:
             f"""
             options = dict(image_size=224, window=4, stride=2)
             {call.format(repr(str(folders[count])))}
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            # Not ru_maxrss, which begins with the peak of the process that started this one.
+            print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
             """
         )
         assert result.returncode == 0, result.stderr
@@ -470,6 +473,6 @@ def test_memory_does_not_depend_on_the_length(tmp_path: Path) -> None:
         for count in (12, 48)
     }
     print("peak MiB: on disk", on_disk, "in memory", in_memory)
-    # Seen: 3 to 6, the allocator's; and 75.
-    assert on_disk[48] - on_disk[12] < 15
+    # Seen: 0.5 and 73.
+    assert on_disk[48] - on_disk[12] < 5
     assert in_memory[48] - in_memory[12] > 36

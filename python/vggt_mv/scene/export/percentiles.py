@@ -28,8 +28,8 @@ def streamed_percentiles(chunks: Callable[[], Iterable[NDArray[Any]]], percents:
 
     Example:
         >>> parts = [np.array([4.0, 1.0], dtype=np.float32), np.array([3.0, 2.0, 5.0], dtype=np.float32)]
-        >>> streamed_percentiles(lambda: parts, [0, 50, 90])
-        [1.0, 3.0, 4.6]
+        >>> streamed_percentiles(lambda: parts, [0, 50, 75])
+        [1.0, 3.0, 4.0]
     """
     upper = np.zeros(1 << _BITS, dtype=np.int64)
     for chunk in chunks():
