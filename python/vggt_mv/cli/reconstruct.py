@@ -174,6 +174,9 @@ def reconstruct(
                 device=place,
                 progress=bars.loading,
             )
+        if place.type == "cpu" and weights is not None:
+            with bars.busy("packing weights"):  # in place of the plain ones, whose memory the file stands for
+                model.optimize_for_inference(resolve_dtype(dtype, place))
         how |= {"image_size": image_size, "dynamic_mask": mask_dir, "progress": bars}
         named = chosen if isinstance(chosen, dict) else str(chosen)
         if window is not None:
