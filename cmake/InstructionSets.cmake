@@ -18,12 +18,17 @@ foreach(isa IN LISTS VGGT_MV_ISAS)
   list(APPEND VGGT_MV_ISA_DEFINITIONS "VGGT_MV_HAS_${upper}")
 endforeach()
 
+set(VGGT_MV_OPTIMIZATION -O3)
+if(VGGT_MV_SANITIZE)
+  set(VGGT_MV_OPTIMIZATION -O1)
+endif()
+
 function(vggt_mv_add_cpu_variant isa)
   set(target vggt_mv_cpu_${isa})
   add_library(${target} STATIC ${VGGT_MV_CPU_KERNELS})
   target_compile_definitions(${target} PRIVATE VGGT_MV_ISA=${isa} VGGT_MV_ISA_IS_${isa})
   # -Wno-psabi: vectors are passed between functions of one file only, so that their calling convention may vary.
-  target_compile_options(${target} PRIVATE ${VGGT_MV_FLAGS_${isa}} -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi
+  target_compile_options(${target} PRIVATE ${VGGT_MV_FLAGS_${isa}} ${VGGT_MV_OPTIMIZATION} -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi
                          -fno-exceptions)
   target_link_libraries(${target} PUBLIC vggt_mv_flags)
   if(OpenMP_CXX_FOUND)
