@@ -120,7 +120,8 @@ def cpu_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
 CUDA_WIDTHS = (32, 64, 96, 128)
 
 
-def _cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
+def cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
+    """Why the CUDA kernel cannot run this qkv, or None where it can."""
     if qkv.numel() == 0:
         return "an empty tensor needs no kernel"
     if qkv.dtype == torch.float32:
@@ -137,7 +138,7 @@ def _cuda_limits(qkv: Tensor, *_: Tensor | None) -> str | None:
     return None
 
 
-OPERATOR = Operator(NAME, {"cpu": cpu_limits, "cuda": _cuda_limits})
+OPERATOR = Operator(NAME, {"cpu": cpu_limits, "cuda": cuda_limits})
 
 
 def _run(

@@ -117,7 +117,7 @@ def _reference(tensors: Sequence[Any], axis: str, scale: float | None) -> tuple[
     return reference.dual_stream_attention(qkv_pose, qkv_geo, axis, *biases, scale=scale)
 
 
-OPERATOR = Operator(NAME, {"cpu": _single.cpu_limits})
+OPERATOR = Operator(NAME, {"cpu": _single.cpu_limits, "cuda": _single.cuda_limits})
 
 
 def _run(
@@ -201,7 +201,7 @@ def _run_backward(
     tensors = (qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo)
     if backend == "reference":
         return _common.pack_gradients(_recompute((grad_pose, grad_geo), tensors, wanted, axis, scale), qkv_pose)
-    if lse_pose.flatten()[0] == -torch.inf:  # the forward pass ran on the reference
+    if backend == "cpu" and lse_pose.flatten()[0] == -torch.inf:  # the forward pass ran on the reference
         pose, geo, lse_pose, lse_geo = _run(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
 
     biases, of_bias = _biases(mask, lambda_pose, lambda_geo), any(wanted[2:])
