@@ -21,6 +21,7 @@
 
 #include "cuda/alternating_attention.h"
 #include "cuda/alternating_attention_backward.h"
+#include "cuda/gathered_attention.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/residual_scale_norm.h"
 #endif
@@ -156,16 +157,17 @@ AlternatingAttentionBackwardParams attention_backward_params(Address grad_out, A
 }
 
 GatheredAttentionParams gathered_params(Address qkv, Address memory_qkv, Address key_bias, Address listed, Address out,
-                                        Address lse, const GridSizes& grid, const QkvSteps& qkv_steps,
+                                        Address lse, Address partial, const GridSizes& grid, const QkvSteps& qkv_steps,
                                         const TokenSteps& memory_steps, int token_keys, bool memory_queries,
-                                        int memory_tokens, int list_length, int heads, int width, float scale,
-                                        int dtype) {
+                                        int memory_tokens, int list_length, int key_chunks, int heads, int width,
+                                        float scale, int dtype) {
   return {.qkv = pointer<const void>(qkv),
           .memory_qkv = pointer<const void>(memory_qkv),
           .key_bias = pointer<const float>(key_bias),
           .listed = pointer<const int64_t>(listed),
           .out = pointer<void>(out),
           .lse = pointer<float>(lse),
+          .partial = pointer<float>(partial),
           .grid = token_grid(grid),
           .qkv_strides = qkv_strides(qkv_steps),
           .memory_strides = {memory_steps[0], memory_steps[1], memory_steps[2], memory_steps[3]},
@@ -173,6 +175,7 @@ GatheredAttentionParams gathered_params(Address qkv, Address memory_qkv, Address
           .memory_queries = memory_queries,
           .memory_tokens = memory_tokens,
           .list_length = list_length,
+          .key_chunks = key_chunks,
           .heads = heads,
           .width = width,
           .scale = scale,
@@ -300,6 +303,13 @@ PYBIND11_MODULE(_C, module) {
   define_cuda(module, "alternating_attention", attention_params, launch_alternating_attention);
   define_cuda(module, "alternating_attention_backward", attention_backward_params,
               launch_alternating_attention_backward);
+  define_cuda(module, "gathered_attention", gathered_params, launch_gathered_attention);
+  module.def("gathered_attention_key_chunks", [](const GridSizes& grid, int memory_tokens, int heads, int width) {
+    int key_chunks = 0;
+    check(gathered_attention_key_chunks(token_grid(grid), memory_tokens, heads, width, &key_chunks),
+          "gathered_attention_key_chunks");
+    return key_chunks;
+  });
   define_cuda(module, "qk_norm_rope", rope_params, launch_qk_norm_rope);
   define_cuda(module, "qk_norm_rope_backward", rope_backward_params, launch_qk_norm_rope_backward);
   module.def("qk_norm_rope_blocks", [](const GridSizes& grid) {

@@ -45,6 +45,7 @@ struct GatheredAttentionParams {
   const int64_t* listed;   // see TokenKeys; contiguous
   void* out;               // [B, queries, h, D] dtype, contiguous
   float* lse;              // [B, h, queries]; null: not wanted
+  float* partial;          // [key_chunks (D + 1), B, h, queries] workspace on CUDA; null with 1 chunk
   TokenGrid grid;
   QkvStrides qkv_strides;
   MemoryStrides memory_strides;
@@ -52,6 +53,7 @@ struct GatheredAttentionParams {
   bool memory_queries;  // the memory asks, not the tokens
   int memory_tokens;    // M; 0: no memory
   int list_length;
+  int key_chunks;  // parts of the keys that share the work on CUDA where the memory asks; else 1
   int heads;
   int width;  // D
   float scale;

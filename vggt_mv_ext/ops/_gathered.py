@@ -8,6 +8,7 @@ computes it; the reference does not, and says so by -inf (which makes no gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .._extension import extension
 from ..backends import Operator, choose
 from ..reference import accumulation_dtype
 from . import _common, _kernels
-from .alternating_attention import cpu_limits
+from .alternating_attention import cpu_limits, cuda_limits
 
 
 def check_memory(operator: str, memory_qkv: Tensor, qkv: Tensor, *, any_dtypes: bool) -> None:
@@ -82,10 +83,11 @@ def fake_results(qkv: Tensor, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
     return qkv.new_empty((*leading, heads * width)), lse
 
 
-LIMITS = {"cpu": cpu_limits}
+LIMITS = {"cpu": cpu_limits, "cuda": cuda_limits}
 
 
 def run_kernel(
+    backend: str,
     qkv: Tensor,
     memory_qkv: Tensor | None,
     key_bias: Tensor | None,
@@ -95,9 +97,10 @@ def run_kernel(
     token_keys: str,
     memory_queries: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The result and lse of one of the sparse attentions by the CPU kernel, which runs all four.
+    """The result and lse of one of the sparse attentions by the kernel of a backend, which runs all four.
 
     Args:
+        backend: `cpu` or `cuda`.
         qkv, memory_qkv, key_bias, scale: as the operators have them.
         listed: landmarks or neighbours.
         token_keys: which tokens of the grid are keys: `none`, `all`, `listed_tokens`, `listed_frames`.
@@ -111,24 +114,38 @@ def run_kernel(
     out, lse = fake_results(qkv, leading)
     qkv = _kernels.unit_width(qkv)
     memory_qkv = None if memory_qkv is None else _kernels.unit_width(memory_qkv)
+    if backend == "cuda":
+        qkv = _kernels.aligned_rows(qkv)
+        memory_qkv = None if memory_qkv is None else _kernels.aligned_rows(memory_qkv)
     key_bias = None if key_bias is None else key_bias.contiguous()
     listed = None if listed is None else listed.contiguous()
+    memory_tokens = 0 if memory_qkv is None else memory_qkv.shape[1]
     assert extension is not None
-    extension.gathered_attention_cpu(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (qkv, memory_qkv, key_bias, listed, out, lse)),
-        sizes,
-        _kernels.qkv_steps(qkv),
-        (0,) * 4 if memory_qkv is None else memory_qkv.stride()[:4],
-        _kernels.TOKEN_KEY_CODES[token_keys],
-        memory_queries,
-        0 if memory_qkv is None else memory_qkv.shape[1],
-        0 if listed is None else listed.shape[1],
-        heads,
-        width,
-        width**-0.5 if scale is None else scale,
-        _kernels.DTYPE_CODES[qkv.dtype],
-        torch.get_num_threads(),
-    )
+    with nullcontext() if backend == "cpu" else _kernels.device_guard(qkv):
+        chunks, partial = 1, None
+        if backend == "cuda" and memory_queries:
+            chunks = extension.gathered_attention_key_chunks(sizes, memory_tokens, heads, width)
+            partial = lse.new_empty((chunks, lse.numel() * (width + 1))) if chunks > 1 else None
+        tensors = (qkv, memory_qkv, key_bias, listed, out, lse, partial)
+        arguments = (
+            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+            sizes,
+            _kernels.qkv_steps(qkv),
+            (0,) * 4 if memory_qkv is None else _kernels.qkv_steps(memory_qkv),
+            _kernels.TOKEN_KEY_CODES[token_keys],
+            memory_queries,
+            memory_tokens,
+            0 if listed is None else listed.shape[1],
+            chunks,
+            heads,
+            width,
+            width**-0.5 if scale is None else scale,
+            _kernels.DTYPE_CODES[qkv.dtype],
+        )
+        if backend == "cpu":
+            extension.gathered_attention_cpu(*arguments, torch.get_num_threads())
+        else:
+            extension.gathered_attention_cuda(*arguments, _kernels.stream_address(qkv))
     return out, lse
 
 
@@ -139,7 +156,7 @@ def define(
     check: Callable[..., None],
     reference: Callable[..., Tensor],
     queries: Callable[..., Sequence[int]],
-    kernels: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    kernel: Callable[..., tuple[Tensor, Tensor]],
     kernel_gradients: dict[str, Callable[..., list[Tensor | None]]],
 ) -> None:
     """Registers a sparse attention and its backward.
@@ -150,7 +167,7 @@ def define(
         check: `(*arguments)`, raises for what the operator does not take.
         reference: `(*arguments)`, the result in differentiable PyTorch.
         queries: `(*arguments)`, the leading dimensions of the result.
-        kernels: backend -> `(*arguments)`, the result and lse.
+        kernel: `(backend, *arguments)`, the result and lse.
         kernel_gradients: backend -> `(grad, *arguments, out, lse, wanted)`, a gradient for each floating-point tensor,
             None where none was wanted. A backend with a kernel and no entry here takes the reference's.
     """
@@ -169,7 +186,7 @@ def define(
         check(*given)
         backend = choose(operator, *(given[place] for place in differentiable))
         if backend != "reference":
-            return kernels[backend](*given)
+            return kernel(backend, *given)
         _, lse = fake(*given)
         return reference(*given).contiguous(), lse.fill_(-torch.inf)
 

@@ -32,11 +32,11 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 def qkv_steps(qkv: Tensor) -> tuple[int, ...]:
-    """Strides of `[B, T, N, P, 3, h, D]` in elements, without the last, which is 1.
+    """Strides of `[B, T, N, P, 3, h, D]` or `[B, M, 3, h, D]` in elements, without the last, which is 1.
 
     A dimension of size 1 may have any stride and nothing is ever multiplied by it: 0, so that no kernel minds it.
     """
-    return tuple(0 if size == 1 else stride for size, stride in zip(qkv.shape[:6], qkv.stride(), strict=False))
+    return tuple(0 if size == 1 else stride for size, stride in zip(qkv.shape[:-1], qkv.stride(), strict=False))
 
 
 @cache  # a few KiB each, and kept for good: a captured CUDA graph reads it at its address

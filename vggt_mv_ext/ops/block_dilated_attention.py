@@ -89,8 +89,10 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-def _kernel(qkv: Tensor, neighbours: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    return _gathered.run_kernel(qkv, None, key_bias, neighbours, scale, token_keys="listed_frames")
+def _kernel(
+    backend: str, qkv: Tensor, neighbours: Tensor, key_bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(backend, qkv, None, key_bias, neighbours, scale, token_keys="listed_frames")
 
 
 OPERATOR = Operator(NAME, _gathered.LIMITS)
@@ -100,6 +102,6 @@ _gathered.define(
     check=_check_values,
     reference=_reference,
     queries=_queries,
-    kernels={"cpu": _kernel},
+    kernel=_kernel,
     kernel_gradients={},
 )

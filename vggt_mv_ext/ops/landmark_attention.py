@@ -80,8 +80,10 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-def _kernel(qkv: Tensor, landmarks: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    return _gathered.run_kernel(qkv, None, key_bias, landmarks, scale, token_keys="listed_tokens")
+def _kernel(
+    backend: str, qkv: Tensor, landmarks: Tensor, key_bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(backend, qkv, None, key_bias, landmarks, scale, token_keys="listed_tokens")
 
 
 OPERATOR = Operator(NAME, _gathered.LIMITS)
@@ -91,6 +93,6 @@ _gathered.define(
     check=_check_values,
     reference=_reference,
     queries=_queries,
-    kernels={"cpu": _kernel},
+    kernel=_kernel,
     kernel_gradients={},
 )

@@ -66,8 +66,8 @@ def _queries(qkv: Tensor, *_: Any) -> Sequence[int]:
     return qkv.shape[:4]
 
 
-def _kernel(qkv: Tensor, memory_qkv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    return _gathered.run_kernel(qkv, memory_qkv, None, None, scale, token_keys="none")
+def _kernel(backend: str, qkv: Tensor, memory_qkv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(backend, qkv, memory_qkv, None, None, scale, token_keys="none")
 
 
 OPERATOR = Operator(NAME, _gathered.LIMITS)
@@ -77,6 +77,6 @@ _gathered.define(
     check=_check,
     reference=_reference,
     queries=_queries,
-    kernels={"cpu": _kernel},
+    kernel=_kernel,
     kernel_gradients={},
 )

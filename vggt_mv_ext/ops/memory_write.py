@@ -73,8 +73,10 @@ def _queries(qkv: Tensor, memory_qkv: Tensor, *_: Any) -> Sequence[int]:
     return memory_qkv.shape[:2]
 
 
-def _kernel(qkv: Tensor, memory_qkv: Tensor, key_bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    return _gathered.run_kernel(qkv, memory_qkv, key_bias, None, scale, token_keys="all", memory_queries=True)
+def _kernel(
+    backend: str, qkv: Tensor, memory_qkv: Tensor, key_bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return _gathered.run_kernel(backend, qkv, memory_qkv, key_bias, None, scale, token_keys="all", memory_queries=True)
 
 
 OPERATOR = Operator(NAME, _gathered.LIMITS)
@@ -84,6 +86,6 @@ _gathered.define(
     check=_check,
     reference=_reference,
     queries=_queries,
-    kernels={"cpu": _kernel},
+    kernel=_kernel,
     kernel_gradients={},
 )
