@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/alternating_attention.h"
+#include "core/dual_stream_attention.h"
 #include "core/gathered_attention.h"
 #include "core/qk_norm_rope.h"
 #include "core/residual_scale_norm.h"
@@ -21,6 +22,7 @@
 
 #include "cuda/alternating_attention.h"
 #include "cuda/alternating_attention_backward.h"
+#include "cuda/dual_stream_attention.h"
 #include "cuda/gathered_attention.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/residual_scale_norm.h"
@@ -155,6 +157,32 @@ AlternatingAttentionBackwardParams attention_backward_params(Address grad_out, A
           .scale = scale,
           .dtype = static_cast<DType>(dtype)};
 }
+
+#if defined(VGGT_MV_WITH_CUDA)  // on a CPU the streams are two single attentions
+DualStreamAttentionParams dual_stream_params(Address qkv_pose, Address qkv_geo, Address mask, Address lambda_pose,
+                                             Address lambda_geo, Address pose, Address geo, Address lse_pose,
+                                             Address lse_geo, const GridSizes& grid, const QkvSteps& pose_steps,
+                                             const QkvSteps& geo_steps, int axis, int heads, int width, float scale,
+                                             int dtype) {
+  return {.qkv_pose = pointer<const void>(qkv_pose),
+          .qkv_geo = pointer<const void>(qkv_geo),
+          .mask = pointer<const float>(mask),
+          .lambda_pose = pointer<const float>(lambda_pose),
+          .lambda_geo = pointer<const float>(lambda_geo),
+          .pose = pointer<void>(pose),
+          .geo = pointer<void>(geo),
+          .lse_pose = pointer<float>(lse_pose),
+          .lse_geo = pointer<float>(lse_geo),
+          .grid = token_grid(grid),
+          .pose_strides = qkv_strides(pose_steps),
+          .geo_strides = qkv_strides(geo_steps),
+          .axis = static_cast<Axis>(axis),
+          .heads = heads,
+          .width = width,
+          .scale = scale,
+          .dtype = static_cast<DType>(dtype)};
+}
+#endif
 
 GatheredAttentionParams gathered_params(Address qkv, Address memory_qkv, Address key_bias, Address listed, Address out,
                                         Address lse, Address partial, const GridSizes& grid, const QkvSteps& qkv_steps,
@@ -303,6 +331,7 @@ PYBIND11_MODULE(_C, module) {
   define_cuda(module, "alternating_attention", attention_params, launch_alternating_attention);
   define_cuda(module, "alternating_attention_backward", attention_backward_params,
               launch_alternating_attention_backward);
+  define_cuda(module, "dual_stream_attention", dual_stream_params, launch_dual_stream_attention);
   define_cuda(module, "gathered_attention", gathered_params, launch_gathered_attention);
   module.def("gathered_attention_key_chunks", [](const GridSizes& grid, int memory_tokens, int heads, int width) {
     int key_chunks = 0;

@@ -107,21 +107,22 @@ struct RowStatistics {
   }
 };
 
-// logits += queries keys^T; `queries(m, k)` gives the fragment of row tile m at features k.
+// logits += queries keys^T, of the first kQueryTiles row tiles; `queries(m, k)` gives the fragment of row tile m at
+// features k.
 template <typename T, typename Tiling, typename Queries>
 __device__ __forceinline__ void multiply_queries_keys(float (&logits)[Tiling::kRowTiles][Tiling::kKeys / 8][4],
                                                       const SharedTile<T, Tiling::kWidth>& keys, Queries&& queries) {
 #pragma unroll
   for (int k = 0; k < Tiling::kWidth; k += 16) {
-    unsigned a[Tiling::kRowTiles][4];
+    unsigned a[Tiling::kQueryTiles][4];
 #pragma unroll
-    for (int m = 0; m < Tiling::kRowTiles; ++m) queries(a[m], m, k);
+    for (int m = 0; m < Tiling::kQueryTiles; ++m) queries(a[m], m, k);
 #pragma unroll
     for (int n = 0; n < Tiling::kKeys; n += 16) {
       unsigned b[2][2];
       load_b(b, keys, n, k);
 #pragma unroll
-      for (int m = 0; m < Tiling::kRowTiles; ++m) {
+      for (int m = 0; m < Tiling::kQueryTiles; ++m) {
         simt::multiply_accumulate_16x8x16<T>(logits[m][n / 8], a[m], b[0]);
         simt::multiply_accumulate_16x8x16<T>(logits[m][n / 8 + 1], a[m], b[1]);
       }
@@ -157,6 +158,7 @@ __device__ __forceinline__ void multiply_weights_values(float (&result)[Tiling::
 //   keys_left(tile)     how many keys there are from the tile's first on, the same in all threads: those past the end
 //                       weigh nothing, a tile without any is left out
 //   gate(m, half)       the factor of the biases of a thread's row, over the scale
+// Row tiles m and m + kQueryTiles are of the same queries, whose products with the keys are taken once.
 template <typename T, typename Tiling, bool kBias, typename Load, typename KeysLeft, typename Gate>
 __device__ __forceinline__ void attend(RowStatistics<Tiling::kRowTiles>& rows,
                                        float (&result)[Tiling::kRowTiles][Tiling::kWidth / 8][4], int tiles,
@@ -165,7 +167,7 @@ __device__ __forceinline__ void attend(RowStatistics<Tiling::kRowTiles>& rows,
   constexpr int kRowTiles = Tiling::kRowTiles;
   constexpr int kKeys = Tiling::kKeys;
   const int lane = simt::lane_index();
-  const int first_of_warp = 16 * kRowTiles * simt::warp_index();
+  const int first_of_warp = 16 * Tiling::kQueryTiles * simt::warp_index();
 
   // Every call is one group of copies, an empty one past the last tile.
   const auto load_tile = [&](int tile, int stage) {
@@ -175,12 +177,12 @@ __device__ __forceinline__ void attend(RowStatistics<Tiling::kRowTiles>& rows,
 #pragma unroll
   for (int stage = 0; stage < Tiling::kStages - 1; ++stage) load_tile(stage, stage);
 
-  unsigned query[Tiling::kQueriesInRegisters ? kRowTiles : 1][Tiling::kWidth / 16][4];
+  unsigned query[Tiling::kQueriesInRegisters ? Tiling::kQueryTiles : 1][Tiling::kWidth / 16][4];
   if constexpr (Tiling::kQueriesInRegisters) {
     simt::copy_async_wait<Tiling::kStages - 1>();
     simt::block_barrier();
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = 0; m < Tiling::kQueryTiles; ++m) {
 #pragma unroll
       for (int k = 0; k < Tiling::kWidth; k += 16)
         load_a(query[m][k / 16], Tiles::queries(), first_of_warp + 16 * m, k);
@@ -208,6 +210,16 @@ __device__ __forceinline__ void attend(RowStatistics<Tiling::kRowTiles>& rows,
 
     float logits[kRowTiles][kKeys / 8][4] = {};
     multiply_queries_keys<T, Tiling>(logits, Tiles::keys(this_stage), query_fragment);
+    if constexpr (Tiling::kStreams > 1) {
+#pragma unroll
+      for (int m = Tiling::kQueryTiles; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) logits[m][n][i] = logits[m - Tiling::kQueryTiles][n][i];
+        }
+      }
+    }
     if constexpr (kBias) {
       float gates[kRowTiles][2];
 #pragma unroll

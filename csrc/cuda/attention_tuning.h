@@ -20,17 +20,20 @@
 
 namespace vggt_mv {
 
-template <int kTileWidth, int kTileRowTiles>
+// kStreams results of one row, which differ in the bias of their logits, are row tiles of their own from the logits on.
+template <int kTileWidth, int kTileRowTiles, int kTileStreams = 1>
 struct AttentionTiling {
   static constexpr int kWidth = kTileWidth;
-  static constexpr int kRowTiles = kTileRowTiles;            // of 16 rows, a warp
+  static constexpr int kRowTiles = kTileRowTiles;  // of 16 rows, a warp
+  static constexpr int kStreams = kTileStreams;
+  static constexpr int kQueryTiles = kRowTiles / kStreams;   // of 16 queries, a warp
   static constexpr int kWarps = 4;                           // of a block
   static constexpr int kKeys = kWidth <= 64 ? 64 : 32;       // of a tile
   static constexpr int kStages = 2;                          // tiles of keys and values in shared memory
   static constexpr bool kQueriesInRegisters = kWidth <= 64;  // else read again for each tile of keys
   static constexpr int kBlocks = 2;                          // of a multiprocessor, at least
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = 16 * kRowTiles * kWarps;  // of a block
+  static constexpr int kRows = 16 * kQueryTiles * kWarps;  // of a block
   static constexpr int kQueryBytes = kRows * kWidth * 2;
   static constexpr int kTileBytes = kKeys * kWidth * 2;
   static constexpr int kBiasOffset = kQueryBytes + kStages * 2 * kTileBytes;

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
+from .._extension import extension
 from ..backends import Operator, choose
-from . import _common
+from . import _common, _kernels
 from . import alternating_attention as _single
 
 NAME = "dual_stream_attention"
@@ -136,11 +137,49 @@ def _run(
         pose, geo = _reference((qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo), axis, scale)
         lse_pose, lse_geo = (lse.fill_(-torch.inf) for lse in both)
         return pose, geo, lse_pose, lse_geo
+    if backend == "cuda":
+        return _run_cuda(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
     bias_pose, bias_geo = _biases(mask, lambda_pose, lambda_geo)
     qkv_geo = qkv_pose if qkv_geo is None else qkv_geo
     pose, lse_pose = _single.run_kernel(backend, qkv_pose, axis, bias_pose, None, scale)
     geo, lse_geo = _single.run_kernel(backend, qkv_geo, axis, bias_geo, None, scale)
     return pose, geo, lse_pose, lse_geo
+
+
+def _run_cuda(
+    qkv_pose: Tensor,
+    qkv_geo: Tensor | None,
+    axis: str,
+    mask: Tensor | None,
+    lambda_pose: Tensor | None,
+    lambda_geo: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both streams by one launch, which reads the lambdas where they are."""
+    results = _fake(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
+    qkv_pose = _kernels.aligned_rows(_kernels.unit_width(qkv_pose))
+    qkv_geo = None if qkv_geo is None else _kernels.aligned_rows(_kernels.unit_width(qkv_geo))
+    if mask is None:
+        lambda_pose = lambda_geo = None
+    else:
+        mask = mask.contiguous()
+    *sizes, _, heads, width = qkv_pose.shape
+    tensors = (qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo, *results)
+    assert extension is not None
+    with _kernels.device_guard(qkv_pose):
+        extension.dual_stream_attention_cuda(
+            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+            sizes,
+            _kernels.qkv_steps(qkv_pose),
+            _kernels.qkv_steps(qkv_pose if qkv_geo is None else qkv_geo),
+            _kernels.AXIS_CODES[axis],
+            heads,
+            width,
+            width**-0.5 if scale is None else scale,
+            _kernels.DTYPE_CODES[qkv_pose.dtype],
+            _kernels.stream_address(qkv_pose),
+        )
+    return results
 
 
 def _biases(
