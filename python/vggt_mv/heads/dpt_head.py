@@ -72,8 +72,9 @@ class FeatureFusionBlock(nn.Module):
         return _resize(self.out_conv(x), size or (2 * x.shape[-2], 2 * x.shape[-1]))
 
 
-# Memory that the maps of the frames at work may take, where one frame does not take more: eight frames of 518 x 518.
-_MAP_BYTES = 2 << 30
+# Memory that the maps of the frames at work may take, where one frame does not take more: one frame of 518 x 518, which
+# fills any processor. More frames at once are slower on a CPU: larger maps are fresh memory and leave the caches.
+_MAP_BYTES = 320 << 20
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -221,8 +222,8 @@ class DPTHead(nn.Module):
             images: ``[B, S, 3, H, W]``; only the size counts.
             patch_start_idx: index of the first patch token of a frame.
             frames_chunk_size: frames (of the B S) to work on at a time, at most: fewer where their maps would take more
-                than 2 GiB, which at 518 x 518 pixels they do above 8. None: all at once. The result does not depend
-                on it.
+                than 320 MiB, as those of two frames of 518 x 518 do. None: all at once. The result does not depend on
+                it.
 
         Returns:
             (values ``[B, S, H', W', output_dim - 1]``, confidence ``[B, S, H', W']``), or with `feature_only` the
