@@ -48,7 +48,7 @@ def plain_pytorch() -> Iterator[None]:
 
     import torch.nn.functional as F
 
-    from vggt_mv.layers import attention, block, linear
+    from vggt_mv.layers import attention, block, conv, linear
     from vggt_mv_ext import reference
 
     def linear_and_activation(x: Any, weight: Any, bias: Any, activation: str = "none") -> Any:
@@ -61,11 +61,19 @@ def plain_pytorch() -> Iterator[None]:
     def add_and_norm(*arguments: Any, overwrite_x: bool = False, overwrite_y: bool = False) -> Any:
         return reference.residual_scale_norm(*arguments)
 
+    def convolution(
+        x: Any, weight: Any, bias: Any, residual: Any, activation: str = "none", overwrite_residual: bool = False
+    ) -> Any:
+        y = F.conv2d(x, weight, bias, padding=1)
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if activation == "relu" else y
+
     with (
         mock.patch.object(attention, "alternating_attention", reference.alternating_attention),
         mock.patch.object(attention, "qk_norm_rope", norm_rope),
         mock.patch.object(block, "residual_scale_norm", add_and_norm),
         mock.patch.object(linear, "packed_linear", linear_and_activation),
+        mock.patch.object(conv, "conv3x3", convolution),
     ):
         yield
 

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/alternating_attention.h"
+#include "core/conv3x3.h"
 #include "core/dual_stream_attention.h"
 #include "core/gathered_attention.h"
 #include "core/qk_norm_rope.h"
@@ -263,6 +264,21 @@ QkNormRopeBackwardParams rope_backward_params(Address grad_out, Address qkv, Add
           .norm_dtype = static_cast<DType>(norm_dtype)};
 }
 
+Conv3x3Params conv_params(Address x, Address weight, Address bias, Address residual, Address out, int64_t batch,
+                          int height, int width, int in_channels, int out_channels, bool relu) {
+  return {.x = pointer<const float>(x),
+          .weight = pointer<const float>(weight),
+          .bias = pointer<const float>(bias),
+          .residual = pointer<const float>(residual),
+          .out = pointer<float>(out),
+          .batch = batch,
+          .height = height,
+          .width = width,
+          .in_channels = in_channels,
+          .out_channels = out_channels,
+          .relu = relu};
+}
+
 // A Python function that takes the fields of `make_params` and one more: `cpu(params, num_threads)`.
 template <typename Params, typename... Fields>
 void define_cpu(py::module_& module, const char* name, Params (*make_params)(Fields...),
@@ -321,6 +337,7 @@ PYBIND11_MODULE(_C, module) {
   define_cpu(module, "alternating_attention", attention_params, &CpuKernels::alternating_attention);
   define_cpu(module, "alternating_attention_backward", attention_backward_params,
              &CpuKernels::alternating_attention_backward);
+  define_cpu(module, "conv3x3", conv_params, &CpuKernels::conv3x3);
   define_cpu(module, "gathered_attention", gathered_params, &CpuKernels::gathered_attention);
   define_cpu(module, "qk_norm_rope", rope_params, &CpuKernels::qk_norm_rope);
   define_cpu(module, "qk_norm_rope_backward", rope_backward_params, &CpuKernels::qk_norm_rope_backward);

@@ -27,6 +27,7 @@ PUBLIC = {
     "block_dilated_attention",
     "build_info",
     "cannot_pack_linear_weight",
+    "conv3x3",
     "dual_stream_attention",
     "explain",
     "get_backend",

@@ -1,6 +1,6 @@
 """Operators of multi-view, multi-time geometry transformers on the token grid `[B, T, N, P, ...]`.
 
-B scenes of T times seen by N views, P tokens a frame. Nine operators, each a `torch.library` operator of the namespace
+B scenes of T times seen by N views, P tokens a frame. Ten operators, each a `torch.library` operator of the namespace
 `vggt_mv` with autograd, autocast rules and support for `torch.compile`:
 
 * `residual_scale_norm`: `x + gamma * y` and its LayerNorm in one pass,
@@ -10,7 +10,8 @@ B scenes of T times seen by N views, P tokens a frame. Nine operators, each a `t
 * `memory_write`, `memory_read`: a few memory tokens read all tokens of the grid, and all tokens read the memory,
 * `landmark_attention`: all tokens look at a few chosen ones,
 * `block_dilated_attention`: the tokens of a frame look at those of a few neighbour frames,
-* `packed_linear`: a linear layer, on a CPU with its weights laid out for the matrix kernel, and exact GELU.
+* `packed_linear`: a linear layer, on a CPU with its weights laid out for the matrix kernel, and exact GELU,
+* `conv3x3`: a 3 x 3 convolution with bias, residual and ReLU, on a CPU with a quarter of the multiplications.
 
 An operator chooses the code that runs it (see `backends`): a compiled kernel where one fits, else `reference`.
 `explain` says which and why, `backend` and `set_backend` force a choice, `build_info` says what this build holds.
@@ -31,6 +32,7 @@ from .ops import (
     alternating_attention,
     block_dilated_attention,
     cannot_pack_linear_weight,
+    conv3x3,
     dual_stream_attention,
     landmark_attention,
     memory_read,
@@ -50,6 +52,7 @@ __all__ = [
     "block_dilated_attention",
     "build_info",
     "cannot_pack_linear_weight",
+    "conv3x3",
     "dual_stream_attention",
     "explain",
     "get_backend",

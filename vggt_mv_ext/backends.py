@@ -39,14 +39,15 @@ class Operator:
         name: the operator's name in `torch.ops.vggt_mv`.
         limits: for each kernel backend that has a kernel of this operator, a function of the operator's tensors that
             returns None, or the reason why that kernel cannot run them. The first tensor decides the device.
-        library: who brings the kernels, where it is not this package. Such an operator needs no compiled extension, and
-            what its kernels cannot run is plain PyTorch's part whichever backend is asked for: that choice is about
-            this package's own.
+        library: who brings the kernels, where it is not this package. Such an operator needs no compiled extension.
+        falls_back: whether plain PyTorch runs what the kernels cannot also where a backend is asked for by name: for
+            operators that PyTorch has itself, and whose kernels are for some sizes and devices only.
     """
 
     name: str
     limits: dict[str, KernelLimits] = field(default_factory=dict)
     library: str | None = None
+    falls_back: bool = False
 
 
 def can_run_reference(operator: Operator, *tensors: Tensor | None) -> str | None:
@@ -154,7 +155,7 @@ def choose(operator: Operator, *tensors: Tensor | None) -> str:
             if CAN_RUN[name](operator, *tensors) is None:
                 return name
     reason = CAN_RUN[_setting](operator, *tensors)
-    if reason is not None and operator.library is not None:
+    if reason is not None and operator.falls_back:
         return "reference"
     if reason is not None:
         raise BackendError(f"{operator.name}: backend {_setting!r} was asked for and cannot run this call: {reason}")
@@ -191,7 +192,7 @@ def explain_choice(operator: Operator, *tensors: Tensor | None) -> Explanation:
         reason = CAN_RUN[name](operator, *tensors)
         if reason is not None:
             passed_over[name] = reason
-        elif _setting not in ("auto", name) and not (name == "reference" and operator.library and chosen is None):
+        elif _setting not in ("auto", name) and not (name == "reference" and operator.falls_back and chosen is None):
             passed_over[name] = f"{_setting} was asked for"
         elif chosen is not None:
             passed_over[name] = f"{chosen} comes first"

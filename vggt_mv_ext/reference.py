@@ -263,3 +263,13 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """`activation(x @ weight.T + bias)` in x's dtype; activation "none" is the identity, "gelu" exact GELU."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return F.gelu(y) if activation == "gelu" else y
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """`activation(conv2d(x, weight, bias, padding=1) + residual)`; activation "none" is the identity."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if activation == "relu" else y

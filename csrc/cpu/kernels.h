@@ -5,6 +5,7 @@
 #pragma once
 
 #include "core/alternating_attention.h"
+#include "core/conv3x3.h"
 #include "core/gathered_attention.h"
 #include "core/qk_norm_rope.h"
 #include "core/residual_scale_norm.h"
@@ -15,6 +16,7 @@ namespace vggt_mv {
 struct CpuKernels {
   Status (*alternating_attention)(const AlternatingAttentionParams& params, int num_threads);
   Status (*alternating_attention_backward)(const AlternatingAttentionBackwardParams& params, int num_threads);
+  Status (*conv3x3)(const Conv3x3Params& params, int num_threads);
   Status (*gathered_attention)(const GatheredAttentionParams& params, int num_threads);
   Status (*qk_norm_rope)(const QkNormRopeParams& params, int num_threads);
   Status (*qk_norm_rope_backward)(const QkNormRopeBackwardParams& params, int num_threads);
@@ -29,6 +31,7 @@ extern const CpuKernels kernels;
 
 Status alternating_attention(const AlternatingAttentionParams& params, int num_threads);
 Status alternating_attention_backward(const AlternatingAttentionBackwardParams& params, int num_threads);
+Status conv3x3(const Conv3x3Params& params, int num_threads);
 Status gathered_attention(const GatheredAttentionParams& params, int num_threads);
 Status qk_norm_rope(const QkNormRopeParams& params, int num_threads);
 Status qk_norm_rope_backward(const QkNormRopeBackwardParams& params, int num_threads);

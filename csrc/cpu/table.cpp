@@ -3,8 +3,14 @@
 namespace vggt_mv::VGGT_MV_ISA {
 
 const CpuKernels kernels = {
-    alternating_attention, alternating_attention_backward, gathered_attention, qk_norm_rope, qk_norm_rope_backward,
-    residual_scale_norm,   residual_scale_norm_backward,
+    alternating_attention,
+    alternating_attention_backward,
+    conv3x3,
+    gathered_attention,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    residual_scale_norm,
+    residual_scale_norm_backward,
 };
 
 }  // namespace vggt_mv::VGGT_MV_ISA

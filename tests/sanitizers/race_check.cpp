@@ -223,6 +223,31 @@ void check_residual_scale_norm() {
         });
 }
 
+void check_conv3x3() {
+  constexpr int kIn = 19, kMaps = 35, kSide = 33;
+  constexpr int64_t kPixels = int64_t{2} * kSide * kSide;
+  const Floats x = random_floats(kPixels * kIn, 14), residual = random_floats(kPixels * kMaps, 15);
+  const Floats weight = random_floats(9 * kIn * kMaps, 16);
+  Conv3x3Params p = {};
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = weight.data();
+  p.batch = 2;
+  p.height = p.width = kSide;
+  p.in_channels = kIn;
+  p.out_channels = kMaps;
+  p.relu = true;
+  for (bool in_place : {false, true}) {
+    check(in_place ? "conv3x3, in place" : "conv3x3", {kPixels * kMaps},
+          [&](std::vector<Floats>& results, int threads) {
+            if (in_place) results[0] = residual;
+            p.residual = in_place ? results[0].data() : residual.data();
+            p.out = results[0].data();
+            return cpu_kernels().conv3x3(p, threads);
+          });
+  }
+}
+
 }  // namespace
 
 }  // namespace vggt_mv
@@ -237,6 +262,7 @@ int main() {
     check_gathered(TokenKeys::none, true, false);
     check_gathered(TokenKeys::listed_tokens, false, false);
     check_gathered(TokenKeys::listed_frames, false, false);
+    check_conv3x3();
     check_norm_rope();
     check_residual_scale_norm();
     std::printf("%s: done\n", isa.c_str());

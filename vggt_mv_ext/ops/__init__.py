@@ -2,6 +2,7 @@
 
 from . import alternating_attention as _alternating_attention
 from . import block_dilated_attention as _block_dilated_attention
+from . import conv3x3 as _conv3x3
 from . import dual_stream_attention as _dual_stream_attention
 from . import landmark_attention as _landmark_attention
 from . import memory_read as _memory_read
@@ -11,6 +12,7 @@ from . import qk_norm_rope as _qk_norm_rope
 from . import residual_scale_norm as _residual_scale_norm
 from .alternating_attention import alternating_attention
 from .block_dilated_attention import block_dilated_attention
+from .conv3x3 import conv3x3
 from .dual_stream_attention import dual_stream_attention
 from .landmark_attention import landmark_attention
 from .memory_read import memory_read
@@ -24,6 +26,7 @@ OPERATORS = {
     for module in (
         _alternating_attention,
         _block_dilated_attention,
+        _conv3x3,
         _dual_stream_attention,
         _landmark_attention,
         _memory_read,
@@ -39,6 +42,7 @@ __all__ = [
     "alternating_attention",
     "block_dilated_attention",
     "cannot_pack_linear_weight",
+    "conv3x3",
     "dual_stream_attention",
     "landmark_attention",
     "memory_read",

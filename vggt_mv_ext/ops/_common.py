@@ -158,6 +158,24 @@ def autocast_may_cast(tensor: object) -> bool:
     return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether something that only plain PyTorch knows is to go through the call: gradients, transforms, subclasses."""
+    if is_recorded(*tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        any(type(tensor) not in (Tensor, torch.nn.Parameter, type(None)) for tensor in tensors)
+        or torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, grad of torch.func
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def check_qkv(operator: str, qkv: object, name: str = "qkv") -> None:
     """Raises unless `qkv` is a packed tensor on the token grid, `[B, T, N, P, 3, h, D]` with h, D >= 1."""
     check_tensor(operator, name, qkv)

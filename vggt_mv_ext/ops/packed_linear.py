@@ -60,7 +60,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     if not _fits(x, weight, bias, activation):
         _check(x, weight, bias, activation, any_dtypes=_common.autocast_may_cast(x))
-    if x.device.type != "cpu" or _is_plain(x, weight, bias):
+    if x.device.type != "cpu" or _common.is_plain(x, weight, bias):
         return _plain(x, weight, bias, activation)
     result: Tensor = torch.ops.vggt_mv.packed_linear(x, weight, bias, activation)
     return result
@@ -164,24 +164,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, a
         )
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether something that only plain PyTorch knows is to go through the call: gradients, transforms, subclasses."""
-    if _is_recorded(x, weight, bias):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        type(weight) not in (Tensor, torch.nn.Parameter)
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, grad of torch.func
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     if _common.autocast_may_cast(x):  # which casts weight and bias itself, and keeps what it cast
         result = torch.nn.functional.linear(x, weight, bias)
@@ -192,7 +174,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
 def _onednn_limits(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *_: Any) -> str | None:
     if x.numel() == 0:
         return "an empty tensor needs no kernel"
-    if _is_recorded(x, weight, bias):
+    if _common.is_recorded(x, weight, bias):
         return "gradients are recorded"
     if weight is None:
         return _packed_weights.unsupported(x.dtype)
@@ -209,7 +191,7 @@ def _any(*_: Any) -> None:
     """CUDA's linear layers are PyTorch's own."""
 
 
-OPERATOR = Operator(NAME, {"cpu": _onednn_limits, "cuda": _any}, library="PyTorch")
+OPERATOR = Operator(NAME, {"cpu": _onednn_limits, "cuda": _any}, library="PyTorch", falls_back=True)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -21,6 +21,7 @@ from vggt_mv.errors import VggtMvError
 from vggt_mv.heads.head_act import activate_head, check_head_activations
 from vggt_mv.heads.inputs import image_size, patch_grid, select_output
 from vggt_mv.heads.utils import add_position_embedding
+from vggt_mv.layers.conv import Conv3x3
 
 __all__ = ["DPTHead", "FeatureFusionBlock", "ResidualConvUnit"]
 
@@ -34,14 +35,13 @@ class ResidualConvUnit(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(features, features, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(features, features, kernel_size=3, padding=1)
+        self.conv1 = Conv3x3(features, features)
+        self.conv2 = Conv3x3(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, h, w]`` -> a new ``[N, C, h, w]``."""
         x = F.relu(x)
-        # In place only on what this function made and no backward pass reads.
-        return self.conv2(F.relu_(self.conv1(x))).add_(x)
+        return self.conv2(self.conv1(x, activation="relu"), residual=x, overwrite_residual=True)
 
 
 class FeatureFusionBlock(nn.Module):
@@ -98,18 +98,18 @@ class _Scratch(nn.Module):
     def __init__(self, out_channels: Sequence[int], features: int, head_features: int, output_dim: int | None) -> None:
         super().__init__()
 
-        def entry(channels: int) -> nn.Conv2d:
-            return nn.Conv2d(channels, features, kernel_size=3, padding=1, bias=False)
+        def entry(channels: int) -> Conv3x3:
+            return Conv3x3(channels, features, bias=False)
 
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = map(entry, out_channels)
         self.refinenet1 = FeatureFusionBlock(features)
         self.refinenet2 = FeatureFusionBlock(features)
         self.refinenet3 = FeatureFusionBlock(features)
         self.refinenet4 = FeatureFusionBlock(features, has_skip=False)
-        self.output_conv1 = nn.Conv2d(features, head_features, kernel_size=3, padding=1)
+        self.output_conv1 = Conv3x3(features, head_features)
         if output_dim is not None:
             self.output_conv2 = nn.Sequential(
-                nn.Conv2d(head_features, 32, kernel_size=3, padding=1),
+                Conv3x3(head_features, 32),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(32, output_dim, kernel_size=1),
             )
@@ -295,4 +295,5 @@ class DPTHead(nn.Module):
             x = add_position_embedding(x, aspect_ratio)
         if self.feature_only:
             return (x,)
-        return activate_head(self.scratch.output_conv2(x), self.activation, self.conf_activation)
+        first, _, last = self.scratch.output_conv2  # the ReLU between them is done with the first
+        return activate_head(last(first(x, activation="relu")), self.activation, self.conf_activation)
