@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggt_mv.errors import VggtMvError
+from vggt_mv.heads import dpt_head
 from vggt_mv.heads.dpt_head import DPTHead, FeatureFusionBlock, ResidualConvUnit
 from vggt_mv.heads.head_act import activate_head
 from vggt_mv.heads.utils import create_uv_grid, position_grid_to_embed
@@ -120,6 +121,27 @@ def test_equals_the_formula(grid: tuple[int, int], options: dict[str, Any]) -> N
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("feature_only", [False, True], ids=["dense", "features"])
+def test_large_maps_share_memory_and_nobody_notices(monkeypatch: pytest.MonkeyPatch, feature_only: bool) -> None:
+    """With every map large enough for the room: chunks and calls after one another do not write into results."""
+    monkeypatch.setattr(dpt_head, "_ROOM_BYTES", 0)
+    rooms = []
+    build_map = dpt_head._Room.map
+    monkeypatch.setattr(dpt_head._Room, "map", lambda *a: rooms.append(build_map(*a)) or rooms[-1])
+    head = build(feature_only=feature_only)
+    arguments, others = inputs(1, 5, 4, 6), inputs(1, 5, 4, 6)
+    with torch.no_grad():
+        actual = as_tuple(head(*arguments, frames_chunk_size=2))
+        head(*others)
+        for a, e in zip(actual, plain_dpt(head, *arguments), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+    assert rooms and all(room is not None for room in rooms)
+    assert len({room.untyped_storage().data_ptr() for room in rooms[:3]}) < 3
+    rooms.clear()
+    head(*arguments)  # recorded for a backward pass, which reads the maps
+    assert rooms and all(room is None for room in rooms)
 
 
 def test_shapes() -> None:
