@@ -115,7 +115,7 @@ def child(arguments: argparse.Namespace) -> None:
     with plain, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         run = model
         if arguments.peer == "compile":
-            torch._inductor.config.freezing = True
+            torch._inductor.config.freezing = True  # as an option of torch.compile it has no effect in 2.13
             run = torch.compile(model)
         # What is prepared once (packing, compilation) is no part of a prediction: a first one, of one frame or of all.
         began = time.perf_counter()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peers import Comparison, compare
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from vggt_mv_ext import cannot_pack_linear_weight, packed_linear, reference
 from vggt_mv_ext.ops._packed_weights import pack
@@ -42,6 +43,19 @@ class Eager(nn.Module):
         return F.gelu(y) if self.activation == "gelu" else y
 
 
+def frozen(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The module compiled with its weights frozen and packed, which is looked up in the code that was generated.
+
+    `torch.compile(options={"freezing": True})` does not freeze, as of PyTorch 2.13; the setting of the process does.
+    """
+    torch._dynamo.reset()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(module)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        _, sources = run_and_get_code(compiled, x)
+    assert any("_frozen_param" in source for source in sources), "Inductor has not frozen the weights"
+    return compiled
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(("width", "out", "activation"), LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
@@ -64,8 +78,7 @@ def test_packed_linear(
     reason = cannot_pack_linear_weight(weight)
     if reason is not None:
         pytest.skip(reason)
-    torch._dynamo.reset()
-    compiled = torch.compile(eager, options={"freezing": True})
+    compiled = frozen(eager, x)
     exact = reference.packed_linear(x.double(), weight.double(), bias.double(), activation)
     with torch.no_grad():
         for result in (packed_linear(x, weight, bias, activation), compiled(x)):
