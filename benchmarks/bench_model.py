@@ -3,7 +3,8 @@
     python benchmarks/bench_model.py --frames 1 4 --families vggt --rounds 2
 
 Every run is a process of its own with the same random weights and images; peers take turns. `eager` is the same model
-with every operator in plain PyTorch, `compile` that under torch.compile with freezing, `ours` the package as it is.
+with every operator in plain PyTorch, `compile` that under torch.compile with freezing, `ours` the package as it is,
+`optimized` that after `model.optimize_for_inference`, which is what `vggt-mv --weights` does on a CPU.
 Errors are relative (Frobenius), of depth and world points, to eager float32 in the same round. Peak memory is what the
 process holds at most during the prediction, above what it held before. --pages asks the system for huge pages
 (THP_MEM_ALLOC_ENABLE=1, as `vggt-mv` does for itself), for all peers alike; without it none has them.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("eager", "compile", "ours")
+PEERS = ("eager", "compile", "ours", "optimized")
 DTYPES = ("float32", "bfloat16")
 COMPARED = ("depth", "world_points")
 FULL: dict[str, Any] = {}
@@ -111,7 +112,9 @@ def child(arguments: argparse.Namespace) -> None:
     config = TINY if arguments.tiny else FULL
     model, images = build(arguments.family, arguments.frames, config)
     low = arguments.dtype == "bfloat16"
-    plain = plain_pytorch() if arguments.peer != "ours" else contextlib.nullcontext()
+    plain = plain_pytorch() if arguments.peer in ("eager", "compile") else contextlib.nullcontext()
+    if arguments.peer == "optimized":
+        model.optimize_for_inference(getattr(torch, arguments.dtype))
     with plain, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         run = model
         if arguments.peer == "compile":
