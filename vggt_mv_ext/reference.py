@@ -7,8 +7,6 @@ floating-point dtype (attention a second time with PyTorch's unfused kernel alon
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -176,16 +174,14 @@ def alternating_attention(
         q, k, v = append_bias_features(q, k, v, key_bias, gate, scale)
 
     outer = SEQUENCE_DIMS[axis]
-    order = (*outer, *(d for d in range(4) if d not in outer))
-    sequences = math.prod(sizes[d] for d in outer)
-    length = math.prod(sizes[d] for d in order[len(outer) :])
+    order = [*outer, *(d for d in range(4) if d not in outer)]
 
     def to_sequences(x: Tensor) -> Tensor:  # [B, T, N, P, h, d] -> [sequences, h, length, d]
-        return x.permute(*order, 4, 5).reshape(sequences, length, heads, x.shape[-1]).transpose(1, 2)
+        return x.permute(*order, 4, 5).flatten(len(outer), 3).flatten(0, len(outer) - 1).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(to_sequences(q), to_sequences(k), to_sequences(v), scale=scale)
-    out = out[..., :width].transpose(1, 2).reshape(*(sizes[d] for d in order), heads * width)
-    return out.permute(*sorted(range(4), key=order.__getitem__), 4).contiguous()
+    out = out[..., :width].transpose(1, 2).reshape(*[sizes[d] for d in order], heads * width)
+    return out.permute(*[order.index(d) for d in range(4)], 4).contiguous()
 
 
 def dual_stream_attention(
