@@ -77,53 +77,120 @@ VGGT_MV_INLINE void copy_head(const T* from, T* to, int width) {
   __builtin_memcpy(to, from, width * sizeof(T));
 }
 
-// Turns the pairs of `from` by their angles (sign 1) or back (sign -1).
-template <typename From, typename To>
-VGGT_MV_INLINE void rotate(const From* from, To* to, int width, float sign, const Buffers& buffers) {
+// Turns the pairs of a head by their angles (sign 1) or back (sign -1); value(d, lanes) is what stands at d. A pair is
+// asked for before it is written, so that a head may be turned in place.
+template <typename Width, typename Value, typename To>
+VGGT_MV_INLINE void rotate(Value value, To* to, Width width, float sign, const Buffers& buffers) {
   const int pairs = width / 4;
   for (int half = 0; half < 2; ++half) {
     const int first = half * 2 * pairs;
     for_each_vector(pairs, [&](int j, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
       const Vector cosine = load(buffers.cosines + half * pairs + j, lanes);
       const Vector sine = load(buffers.sines + half * pairs + j, lanes) * sign;
-      const Vector a = load(from + first + j, lanes);
-      const Vector b = load(from + first + pairs + j, lanes);
+      const Vector a = value(first + j, lanes);
+      const Vector b = value(first + pairs + j, lanes);
       store(to + first + j, multiply_add(a, cosine, -(b * sine)), lanes);
       store(to + first + pairs + j, multiply_add(b, cosine, a * sine), lanes);
     });
   }
 }
 
-template <typename T>
-VGGT_MV_INLINE void forward_head(const T* from, T* to, const float* weight, const float* bias, int width, float eps,
-                                 const Buffers& buffers) {
-  if (weight == nullptr) {
-    for_each_vector(width, [&](int d, int, auto lanes)
-                               VGGT_MV_INLINE_LAMBDA { store(buffers.head + d, load(from + d, lanes), lanes); });
-  } else {
-    const Statistics row = statistics_of(from, width, eps);
-    for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
-      const Vector n = (load(from + d, lanes) - row.mean) * row.rstd;
-      store(buffers.head + d, multiply_add(n, load(weight + d, lanes), load(bias + d, lanes)), lanes);
-    });
+// A width that is known to the compiler, which then unrolls every loop over it.
+template <int kWidth>
+struct Fixed {
+  constexpr operator int() const { return kWidth; }
+};
+
+// Statistics are taken of so many heads before any of them is written. A head's own take a chain of some 100 cycles,
+// sums over lanes, a root and a division, and would leave the arithmetic units waiting.
+constexpr int kHeadsTogether = 16;
+static_assert(kHeadsTogether % kLanes == 0 && kHeadsTogether % 4 == 0);
+
+struct HeadStatistics {
+  float means[kHeadsTogether];
+  float rstds[kHeadsTogether];
+};
+
+// totals[h] = sum over d of term(sum so far, x[h][d], h, lanes) / width. Four heads at a time, since sums over the lanes
+// of four vectors take little longer than of one; the last head stands in for those that are missing of four.
+template <typename T, typename Width, typename Term>
+VGGT_MV_INLINE void means_of_heads(const T* x, int64_t stride, int heads, Width width, float* means, Term term) {
+  for (int first = 0; first < heads; first += 4) {
+    Vector sums[4] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int head = first + i < heads ? first + i : heads - 1;
+      for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
+        sums[i] = term(sums[i], load(x + head * stride + d, lanes), head, lanes);
+      });
+    }
+    store_four(means + first, totals_of_four(sums) / static_cast<float>(width));
   }
-  rotate(buffers.head, to, width, 1.0f, buffers);
 }
 
+template <typename T, typename Width>
+VGGT_MV_INLINE void statistics_of_heads(const T* x, int64_t stride, int heads, Width width, float eps,
+                                        HeadStatistics& of) {
+  means_of_heads(x, stride, heads, width, of.means,
+                 [](Vector sum, Vector value, int, auto) VGGT_MV_INLINE_LAMBDA { return sum + value; });
+  means_of_heads(x, stride, heads, width, of.rstds,
+                 [&](Vector sum, Vector value, int head, auto lanes) VGGT_MV_INLINE_LAMBDA {
+                   const Vector distance = keep(value - of.means[head], lanes);
+                   return multiply_add(distance, distance, sum);
+                 });
+  for (int i = 0; i < kHeadsTogether; i += kLanes) store(of.rstds + i, reciprocal_root(load(of.rstds + i) + eps));
+}
+
+// The next token's heads begin on other pages, where the hardware does not look ahead.
 template <typename T>
-void forward_token(const QkNormRopeParams& p, int64_t frame, int token, const Buffers& buffers) {
+VGGT_MV_INLINE void fetch_head(const T* x, int width) {
+  constexpr int kCacheLine = 64 / sizeof(T);
+  for (int d = 0; d < width; d += kCacheLine) __builtin_prefetch(x + d);
+}
+
+// At most kHeadsTogether heads; `next` is how far the same heads of the next token are.
+template <typename T, typename Width>
+VGGT_MV_INLINE void forward_heads(const T* from, int64_t from_stride, T* to, int64_t to_stride, const float* weight,
+                                  const float* bias, int heads, Width width, float eps, int64_t next,
+                                  const Buffers& buffers) {
+  if (weight == nullptr) {
+    for (int head = 0; head < heads; ++head) {
+      const T* x = from + head * from_stride;
+      rotate([&](int d, auto lanes) VGGT_MV_INLINE_LAMBDA { return load(x + d, lanes); }, to + head * to_stride, width,
+             1.0f, buffers);
+    }
+    return;
+  }
+  HeadStatistics statistics = {};
+  statistics_of_heads(from, from_stride, heads, width, eps, statistics);
+  for (int head = 0; head < heads; ++head) {
+    const T* x = from + head * from_stride;
+    fetch_head(x + next, width);
+    const Vector mean = broadcast(statistics.means[head]), rstd = broadcast(statistics.rstds[head]);
+    rotate(
+        [&](int d, auto lanes) VGGT_MV_INLINE_LAMBDA {
+          return multiply_add((load(x + d, lanes) - mean) * rstd, load(weight + d, lanes), load(bias + d, lanes));
+        },
+        to + head * to_stride, width, 1.0f, buffers);
+  }
+}
+
+template <typename T, typename Width>
+void forward_token(const QkNormRopeParams& p, Width width, int64_t frame, int token, const Buffers& buffers) {
   const T* from = static_cast<const T*>(p.qkv) + frame_offset(p.grid, p.qkv_strides.tokens, frame) +
                   token * p.qkv_strides.tokens.token;
   T* to =
       static_cast<T*>(p.out) + frame_offset(p.grid, p.out_strides.tokens, frame) + token * p.out_strides.tokens.token;
   const float* weights[2] = {static_cast<const float*>(p.q_weight), static_cast<const float*>(p.k_weight)};
   const float* biases[2] = {static_cast<const float*>(p.q_bias), static_cast<const float*>(p.k_bias)};
+  const int64_t next = token + 1 < p.grid.tokens ? p.qkv_strides.tokens.token : 0;
   load_rotation(p, token, buffers);
   for (int part = 0; part < 2; ++part) {
-    for (int head = 0; head < p.heads; ++head) {
-      forward_head(from + part * p.qkv_strides.part + head * p.qkv_strides.head,
-                   to + part * p.out_strides.part + head * p.out_strides.head, weights[part], biases[part], p.width,
-                   p.eps, buffers);
+    for (int head = 0; head < p.heads; head += kHeadsTogether) {
+      const int heads = p.heads - head < kHeadsTogether ? p.heads - head : kHeadsTogether;
+      forward_heads(from + part * p.qkv_strides.part + head * p.qkv_strides.head, p.qkv_strides.head,
+                    to + part * p.out_strides.part + head * p.out_strides.head, p.out_strides.head, weights[part],
+                    biases[part], heads, width, p.eps, next, buffers);
     }
   }
   if (p.qkv == p.out) return;
@@ -159,14 +226,14 @@ int threads_for(const Params& p, int num_threads) {
   return num_threads < 1 || token_count(p.grid) * p.heads * p.width <= kSerialElements ? 1 : num_threads;
 }
 
-template <typename T>
-Status forward(const QkNormRopeParams& p, int num_threads) {
+template <typename T, typename Width>
+Status forward(const QkNormRopeParams& p, Width width, int num_threads) {
   const int64_t tokens = token_count(p.grid);
   const int threads = threads_for(p, num_threads);
   return for_each_block(threads, p.width, threads, [&](int block, const Buffers& buffers) {
     const int64_t end = first_row_of_block(block + 1, tokens, threads);
     for (int64_t i = first_row_of_block(block, tokens, threads); i < end; ++i) {
-      forward_token<T>(p, i / p.grid.tokens, static_cast<int>(i % p.grid.tokens), buffers);
+      forward_token<T>(p, width, i / p.grid.tokens, static_cast<int>(i % p.grid.tokens), buffers);
     }
   });
 }
@@ -175,13 +242,14 @@ Status forward(const QkNormRopeParams& p, int num_threads) {
 template <typename T>
 VGGT_MV_INLINE void backward_head(const T* grad, const T* x, T* grad_x, const float* weight, int width, float eps,
                                   float* sums, const Buffers& buffers) {
+  const auto value = [&](int d, auto lanes) VGGT_MV_INLINE_LAMBDA { return load(grad + d, lanes); };
   if (weight == nullptr) {
-    rotate(grad, buffers.head, width, -1.0f, buffers);
+    rotate(value, buffers.head, width, -1.0f, buffers);
     for_each_vector(width, [&](int d, int, auto lanes)
                                VGGT_MV_INLINE_LAMBDA { store(grad_x + d, load(buffers.head + d, lanes), lanes); });
     return;
   }
-  rotate(grad, buffers.head, width, -1.0f, buffers);
+  rotate(value, buffers.head, width, -1.0f, buffers);
   const Statistics row = statistics_of(x, width, eps);
   Vector totals[kSlots] = {};
   Vector products[kSlots] = {};
@@ -272,7 +340,11 @@ Status for_dtype(const Params& p, Run run) {
 }  // namespace
 
 Status qk_norm_rope(const QkNormRopeParams& params, int num_threads) {
-  return for_dtype(params, [&](auto element) { return forward<decltype(element)>(params, num_threads); });
+  return for_dtype(params, [&](auto element) {
+    using T = decltype(element);
+    return params.width == 64 ? forward<T>(params, Fixed<64>{}, num_threads)
+                              : forward<T>(params, params.width, num_threads);
+  });
 }
 
 Status qk_norm_rope_backward(const QkNormRopeBackwardParams& params, int num_threads) {

@@ -76,8 +76,10 @@ VGGT_MV_INLINE Vector from_bits(BitVector v) { return (Vector)v; }
 VGGT_MV_INLINE BitVector choose(IntVector condition, BitVector a, BitVector b) { return condition ? a : b; }
 
 VGGT_MV_INLINE BitVector zero_extend(HalfBits v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return (BitVector)_mm256_cvtepu16_epi32((__m128i)v);  // GCC 12 makes four instructions of the conversion below
+#if defined(__AVX512F__)  // named, since GCC 12 makes four instructions of the conversion below
+  return (BitVector)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (BitVector)_mm256_cvtepu16_epi32((__m128i)v);
 #else
   return __builtin_convertvector(v, BitVector);
 #endif
@@ -85,7 +87,9 @@ VGGT_MV_INLINE BitVector zero_extend(HalfBits v) {
 
 // For values below 2^16.
 VGGT_MV_INLINE HalfBits truncate(BitVector v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
   return (HalfBits)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else

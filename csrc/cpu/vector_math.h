@@ -103,6 +103,39 @@ VGGT_MV_INLINE Vector total_of_lanes(Vector v) {
   return v + exchange_lanes<1>(v);
 }
 
+// Four sums for little more than the price of one: lane i of every four holds the sum of all lanes of v[i].
+VGGT_MV_INLINE Vector totals_of_four(const Vector (&v)[4]) {
+  IntVector low, high, first, second;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int four = lane & ~3, other = (lane & 1) != 0 ? kLanes : 0;
+    low[lane] = four + other + (lane & 2) / 2;
+    high[lane] = low[lane] + 2;
+    first[lane] = (lane & 2) != 0 ? kLanes + lane - 2 : lane;
+    second[lane] = first[lane] + 2;
+  }
+  const Vector a = shuffle(v[0], v[1], low) + shuffle(v[0], v[1], high);
+  const Vector b = shuffle(v[2], v[3], low) + shuffle(v[2], v[3], high);
+  Vector totals = shuffle(a, b, first) + shuffle(a, b, second);
+  if constexpr (kLanes > 4) totals += exchange_lanes<4>(totals);
+  if constexpr (kLanes > 8) totals += exchange_lanes<8>(totals);
+  return totals;
+}
+
+VGGT_MV_INLINE void store_four(float* to, Vector v) { __builtin_memcpy(to, &v, 4 * sizeof(float)); }
+
+// 1 / sqrt(v) of correctly rounded root and quotient, not an estimate.
+VGGT_MV_INLINE Vector reciprocal_root(Vector v) {
+#if defined(__AVX512F__)
+  const Vector root = (Vector)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif defined(__AVX2__)
+  const Vector root = (Vector)_mm256_sqrt_ps((__m256)v);
+#else
+  Vector root;
+  for (int lane = 0; lane < kLanes; ++lane) root[lane] = __builtin_sqrtf(v[lane]);
+#endif
+  return 1.0f / root;
+}
+
 // One stage of a transposition: of every 2 x 2 blocks of kSize x kSize lanes, those beside the diagonal change places.
 template <int kSize>
 VGGT_MV_INLINE void exchange_blocks(Vector (&rows)[kLanes]) {
