@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peers import Comparison, compare
 from torch import Tensor
 
-from vggt_mv_ext import alternating_attention, dual_stream_attention, explain, qk_norm_rope, reference
+from vggt_mv_ext import alternating_attention, dual_stream_attention, explain, reference
 
 HEADS, WIDTH = 16, 64
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -94,29 +94,6 @@ def test_dual_stream(benchmark: Any, report: Report, dtype: torch.dtype) -> None
         "two, shared": lambda: dual_stream_attention(pose, None, "frame", mask, *weights),
     }
     run(benchmark, report, "dual stream", pose, peers, 4 * length**2 * WIDTH * HEADS, 4, rounds=9)
-
-
-@every_dtype
-@pytest.mark.parametrize("frames", [1, 8])
-@torch.inference_mode()
-def test_qk_norm_rope(benchmark: Any, report: Report, frames: int, dtype: torch.dtype) -> None:
-    """In place, as blocks call it, beside a copy of q and k; bytes: q and k read and written."""
-    qkv = torch.randn(1, 1, frames, 1374, 3, HEADS, WIDTH).to(dtype)
-    norms = [(torch.randn(WIDTH), torch.randn(WIDTH)) for _ in range(2)]
-    exact = reference.qk_norm_rope(qkv[:, :, :1].double(), *[tuple(t.double() for t in n) for n in norms], (37, 37), 5)
-    got = qk_norm_rope(qkv[:, :, :1], *norms, (37, 37), 5)
-    error = ((got.double() - exact).norm() / exact.norm()).item()
-    assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
-    source = qkv[..., :2, :, :].clone()
-    target = torch.empty_like(source)
-    peers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: qk_norm_rope(qkv, *norms, (37, 37), 5, inplace=True),
-        "copy": lambda: target.copy_(source),
-        "eager": lambda: reference.qk_norm_rope(qkv, *norms, (37, 37), 5),
-    }
-    size = 2 * source.numel() * source.element_size()
-    title = f"qk_norm_rope, {frames} frames, {str(dtype)[6:]}, {torch.get_num_threads()} threads"
-    finish(benchmark, report, compare(title, peers, dict.fromkeys(peers, size), rounds=15), peers)
 
 
 def run(

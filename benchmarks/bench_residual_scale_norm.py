@@ -67,6 +67,11 @@ def test_residual_scale_norm(
     peers: dict[str, Callable[[], Any]]
     if which == "forward":
         peers = {"ours": lambda: residual_scale_norm(*inputs), "eager": lambda: eager(*inputs)}
+        if device == "cpu":  # as blocks call it: the system hands out no memory for the results
+            x, y, gamma, *norm = (t.clone() for t in inputs)
+            gamma *= 0.01  # x takes its own result again and again
+            over = {"overwrite_x": True, "overwrite_y": True}
+            peers = {"in place": lambda: residual_scale_norm(x, y, gamma, *norm, **over), **peers}
         streams = 4
     else:
         leaves = [t.requires_grad_() for t in inputs]

@@ -1,10 +1,12 @@
 // u = LayerNorm(q) * weight + bias over the D features of every query and key, turned by the position of its token; and
 // the gradients. Formula and layouts: core/qk_norm_rope.h.
 //
-// Bound by memory: q and k are read and written once (v, too, where the result is a new tensor), with about ten
-// operations an element. Tokens are shared out to threads; a token's cosines and sines are laid out once, row and column
-// apart, for its 2 h heads. A head passes through a buffer of D floats in the first-level cache, which also makes
-// working in place safe: it is read to the end before it is written.
+// Bound by memory: q and k are read and written once (v, too, where the result is a new tensor), with about 15 operations
+// an element. Tokens are shared out to threads; a token's cosines and sines are laid out once, row and column apart, for
+// its 2 h heads. Forward, the heads of a token are gone through three times in the first-level cache: their means, their
+// variances about those (no cancellation where a mean is large), the result. The next token is fetched meanwhile. D = 64
+// is compiled by itself. A pair is read before it is written, which makes working in place safe. Backward, a head
+// passes through buffers of D floats.
 #include "core/qk_norm_rope.h"
 
 #include <stdlib.h>
@@ -95,14 +97,14 @@ VGGT_MV_INLINE void rotate(Value value, To* to, Width width, float sign, const B
   }
 }
 
-// A width that is known to the compiler, which then unrolls every loop over it.
+// A width that the compiler knows: it unrolls every loop over it.
 template <int kWidth>
 struct Fixed {
   constexpr operator int() const { return kWidth; }
 };
 
-// Statistics are taken of so many heads before any of them is written. A head's own take a chain of some 100 cycles,
-// sums over lanes, a root and a division, and would leave the arithmetic units waiting.
+// Statistics are taken of so many heads before any of them is written: one head's are a chain of sums over lanes, a root
+// and a division, some 100 cycles in which the arithmetic units would wait.
 constexpr int kHeadsTogether = 16;
 static_assert(kHeadsTogether % kLanes == 0 && kHeadsTogether % 4 == 0);
 
@@ -111,8 +113,9 @@ struct HeadStatistics {
   float rstds[kHeadsTogether];
 };
 
-// totals[h] = sum over d of term(sum so far, x[h][d], h, lanes) / width. Four heads at a time, since sums over the lanes
-// of four vectors take little longer than of one; the last head stands in for those that are missing of four.
+// means[h] = the sum that term(sum so far, x[h][d], h, lanes) leaves over all d, by the width. Four heads at a time, since
+// the lanes of four vectors are added up in little more time than those of one; where heads are missing of four, the last
+// one is taken again.
 template <typename T, typename Width, typename Term>
 VGGT_MV_INLINE void means_of_heads(const T* x, int64_t stride, int heads, Width width, float* means, Term term) {
   for (int first = 0; first < heads; first += 4) {
@@ -141,7 +144,8 @@ VGGT_MV_INLINE void statistics_of_heads(const T* x, int64_t stride, int heads, W
   for (int i = 0; i < kHeadsTogether; i += kLanes) store(of.rstds + i, reciprocal_root(load(of.rstds + i) + eps));
 }
 
-// The next token's heads begin on other pages, where the hardware does not look ahead.
+// Between the queries and keys of one token and the next lie values, and mostly the end of a page, beyond which the
+// hardware does not look ahead.
 template <typename T>
 VGGT_MV_INLINE void fetch_head(const T* x, int width) {
   constexpr int kCacheLine = 64 / sizeof(T);

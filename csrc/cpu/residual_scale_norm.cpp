@@ -66,9 +66,8 @@ void forward_row(const ResidualScaleNormParams& p, const Parameters& parameters,
 
   Vector sums[kSlots] = {};
   for_each_vector(p.features, [&](int i, int slot, auto lanes) VGGT_MV_INLINE_LAMBDA {
-    const Vector r =
-        rounded(multiply_add(load(parameters.gamma + i, lanes), load(y + i, lanes), load(x + i, lanes)), X{});
-    store(residual + i, r, lanes);
+    const Vector sum = multiply_add(load(parameters.gamma + i, lanes), load(y + i, lanes), load(x + i, lanes));
+    const Vector r = store_rounded(residual + i, sum, lanes);
     if constexpr (!std::is_same_v<X, float>) store(room + i, r, lanes);
     sums[slot] += keep(r, lanes);
   });

@@ -2,8 +2,8 @@
 // from and round to the storage types.
 //
 // Built on the vector extensions of GCC and Clang, so that one source serves SSE, AVX2, AVX-512 and NEON; instructions
-// are named only for float16 and the fused multiply-add, which the extensions do not have. Everything here is in the namespace of one
-// instruction set and inlined always: see cmake/InstructionSets.cmake for why that matters.
+// are named only for what the extensions do not have (float16, bfloat16, the fused multiply-add) or what GCC makes badly
+// of them. Everything here is in the namespace of one instruction set and inlined always: see cmake/InstructionSets.cmake for why that matters.
 #pragma once
 
 #include <cstdint>
@@ -288,10 +288,31 @@ VGGT_MV_INLINE float sum_of_lanes(Vector v) {
 
 VGGT_MV_INLINE float sum_of_slots(const Vector (&v)[kSlots]) { return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3])); }
 
-// What `store` followed by `load` does to a value.
-VGGT_MV_INLINE Vector rounded(Vector v, float) { return v; }
-VGGT_MV_INLINE Vector rounded(Vector v, Half) { return widen(narrow(v, Half{}), Half{}); }
-VGGT_MV_INLINE Vector rounded(Vector v, Bfloat16) { return from_bits(bfloat16_bits(v) & 0xffff0000u); }
+// Stores, and returns what `load` then gives.
+template <typename T>
+VGGT_MV_INLINE Vector store_rounded(T* to, Vector v) {
+  const HalfBits stored = narrow(v, T{});
+  __builtin_memcpy(to, &stored, sizeof(stored));
+  return widen(stored, T{});
+}
+
+VGGT_MV_INLINE Vector store_rounded(float* to, Vector v) {
+  store(to, v);
+  return v;
+}
+
+template <typename T>
+VGGT_MV_INLINE Vector store_rounded(T* to, Vector v, All) {
+  return store_rounded(to, v);
+}
+
+template <typename T>
+VGGT_MV_INLINE Vector store_rounded(T* to, Vector v, Some lanes) {
+  T buffer[kLanes];
+  const Vector stored = store_rounded(buffer, v);
+  for (int lane = 0; lane < lanes.count; ++lane) to[lane] = buffer[lane];
+  return stored;
+}
 
 // Room for floats that one thread keeps while it works; `data` is null where there is no memory left.
 struct FloatBuffer {

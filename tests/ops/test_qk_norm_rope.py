@@ -374,8 +374,55 @@ def test_kernel_reads_strides_and_nothing_beside(isa: str) -> None:
 
 
 @every_isa
-def test_kernel_keeps_nan_in_its_head(isa: str) -> None:
-    qkv, q_norm, k_norm = make_inputs((3, 5), 2, width=32, dtype=F32)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_with_any_number_of_heads(isa: str, dtype: torch.dtype) -> None:
+    """Heads go through the kernel by four and by sixteen; 64 is a width with code of its own."""
+    for heads, width in itertools.product((1, 4, 5, 15, 16, 17, 35), (20, 64)):
+        qkv, q_norm, k_norm = make_inputs((3, 5), 2, heads=heads, width=width, dtype=dtype)
+        exact_norms = (tuple(t.double() for t in norm) for norm in (q_norm, k_norm))
+        exact = reference.qk_norm_rope(qkv.double(), *exact_norms, (3, 5), 2)
+        got = qk_norm_rope(qkv, q_norm, k_norm, (3, 5), 2)
+        assert_accurate(f"{heads} heads of {width}", got, exact, dtype)
+        buffer = torch.full((*qkv.shape[:5], heads + 2, width + 9), 7.0, dtype=dtype)
+        strided = buffer[..., 1:-1, 4 : 4 + width].copy_(qkv)
+        for given in (qkv.clone(), strided):
+            assert qk_norm_rope(given, q_norm, k_norm, (3, 5), 2, inplace=True) is given
+            assert torch.equal(given, got)
+        strided.fill_(7.0)
+        assert (buffer == 7.0).all()
+
+
+@every_isa
+@pytest.mark.parametrize("width", [20, 64])
+def test_kernel_survives_a_large_mean(isa: str, width: int) -> None:
+    """Heads far from zero, each by another distance: squares that are not taken about the mean would leave nothing."""
+    qkv, q_norm, k_norm = make_inputs((3, 5), 2, heads=6, width=width, dtype=F32)
+    qkv += torch.tensor([0.0, 1e4, -1e4, 100.0, -3e3, 1.0])[:, None]
+    exact = reference.qk_norm_rope(
+        qkv.double(), *(tuple(t.double() for t in norm) for norm in (q_norm, k_norm)), (3, 5), 2
+    )[..., :2, :, :]
+    got = qk_norm_rope(qkv, q_norm, k_norm, (3, 5), 2)[..., :2, :, :]
+    # The mean itself is rounded to 2^-11 beside a deviation of 1.
+    assert (got - exact).norm() / exact.norm() < 1e-3
+    assert_accurate("heads near zero", got[..., 0::5, :], exact[..., 0::5, :], F32)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
+def test_every_number_of_16_bits_survives(isa: str, dtype: torch.dtype) -> None:
+    """At position (0, 0) without a norm nothing is done but widening and rounding."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = torch.where(numbers.isfinite(), numbers, 1.0)  # infinity times the sine, which is zero, is NaN
+    qkv = numbers.view(1, 1, 1, 64, 1, 16, 64).repeat(1, 1, 1, 1, 3, 1, 1)
+    got = qk_norm_rope(qkv, None, None, (0, 0), 64)
+    assert torch.equal(got, qkv)
+
+
+@every_isa
+@pytest.mark.parametrize("width", [32, 64])
+def test_kernel_keeps_nan_in_its_head(isa: str, width: int) -> None:
+    qkv, q_norm, k_norm = make_inputs((3, 5), 2, width=width, dtype=F32)
     want = qk_norm_rope(qkv, q_norm, k_norm, (3, 5), 2)
     for part in range(3):
         given = qkv.clone()

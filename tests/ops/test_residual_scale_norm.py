@@ -183,8 +183,8 @@ def test_sums_are_rounded_to_nearest_even(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(residual[~exact.isnan()], exact[~exact.isnan()])
 
 
-@needs_kernel
-def test_statistics_survive_a_large_mean() -> None:
+@every_isa
+def test_statistics_survive_a_large_mean(isa: str) -> None:
     x, y, gamma, weight, bias = make_inputs((64, 1024), DTYPES["f32"])
     x = x + 1000.0
     exact = reference.residual_scale_norm(*(t.double() for t in (x, y, gamma, weight, bias)))
