@@ -1,4 +1,5 @@
 """Builds the CPU kernels with sanitizers and runs them: `make sanitize`, or ARGS=address or ARGS=thread for one.
+ARGS="address tests/ops/test_qk_norm_rope.py" runs the tests of those files alone.
 
 address   AddressSanitizer and UndefinedBehaviorSanitizer over the operators' own tests (tests/ops).
 thread    ThreadSanitizer over race_check.cpp: every kernel on four threads and on one, which must give the same bits.
@@ -36,8 +37,8 @@ def build(kind: str, target: str) -> Path:
     return folder
 
 
-def check_addresses() -> int:
-    """The operators' tests on a package whose compiled module watches every access."""
+def check_addresses(files: list[str]) -> int:
+    """The operators' tests, or those of `files`, on a package whose compiled module watches every access."""
     folder = build("address", "_C")
     package = folder / "package"
     shutil.rmtree(package, ignore_errors=True)
@@ -58,7 +59,9 @@ def check_addresses() -> int:
     }
     # Compilation and processes of their own test nothing of the kernels, and take long here.
     skipped = "not compile and not fresh_processes and not opcheck"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops", "-k", skipped]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *(files or ["tests/ops"]), "-k", skipped]
+    # Reports go to the process's standard error, and the process then ends: pytest must not have it in a buffer.
+    command += ["--capture=sys"]
     command += ["-o", f"pythonpath={package.relative_to(ROOT)} python", "-o", "addopts=-p no:cacheprovider"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
@@ -71,8 +74,9 @@ def check_threads() -> int:
 
 
 def main() -> int:
-    checks = {"address": check_addresses, "thread": check_threads}
-    chosen = sys.argv[1:] or list(checks)
+    files = [argument for argument in sys.argv[1:] if argument.endswith(".py")]
+    checks = {"address": lambda: check_addresses(files), "thread": check_threads}
+    chosen = [argument for argument in sys.argv[1:] if argument not in files] or list(checks)
     if unknown := [name for name in chosen if name not in checks]:
         print(f"sanitize: must be of {', '.join(checks)}; got {unknown[0]!r}", file=sys.stderr)
         return 2
