@@ -23,7 +23,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize("threads", [1, torch.get_num_threads()], ids=["one thread", "all threads"])
+@pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()}))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("frames", [1, 8])
 @torch.inference_mode()
