@@ -159,7 +159,6 @@ AlternatingAttentionBackwardParams attention_backward_params(Address grad_out, A
           .dtype = static_cast<DType>(dtype)};
 }
 
-#if defined(VGGT_MV_WITH_CUDA)  // on a CPU the streams are two single attentions
 DualStreamAttentionParams dual_stream_params(Address qkv_pose, Address qkv_geo, Address mask, Address lambda_pose,
                                              Address lambda_geo, Address pose, Address geo, Address lse_pose,
                                              Address lse_geo, const GridSizes& grid, const QkvSteps& pose_steps,
@@ -183,7 +182,6 @@ DualStreamAttentionParams dual_stream_params(Address qkv_pose, Address qkv_geo, 
           .scale = scale,
           .dtype = static_cast<DType>(dtype)};
 }
-#endif
 
 GatheredAttentionParams gathered_params(Address qkv, Address memory_qkv, Address key_bias, Address listed, Address out,
                                         Address lse, Address partial, const GridSizes& grid, const QkvSteps& qkv_steps,
@@ -338,6 +336,7 @@ PYBIND11_MODULE(_C, module) {
   define_cpu(module, "alternating_attention_backward", attention_backward_params,
              &CpuKernels::alternating_attention_backward);
   define_cpu(module, "conv3x3", conv_params, &CpuKernels::conv3x3);
+  define_cpu(module, "dual_stream_attention", dual_stream_params, &CpuKernels::dual_stream_attention);
   define_cpu(module, "gathered_attention", gathered_params, &CpuKernels::gathered_attention);
   define_cpu(module, "qk_norm_rope", rope_params, &CpuKernels::qk_norm_rope);
   define_cpu(module, "qk_norm_rope_backward", rope_backward_params, &CpuKernels::qk_norm_rope_backward);

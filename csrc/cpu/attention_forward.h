@@ -1,14 +1,18 @@
-// softmax(scale * q k^T + gate bias^T) v of one head, wherever its queries, keys and values lie.
+// softmax(scale * q k^T + gate bias^T) v of one head, wherever its queries, keys and values lie; or, with the same scores
+// for one or two results r that weigh keys differently, sum_j w_rj exp(s_ij) v_j / sum_j w_rj exp(s_ij).
 //
 // An operator describes a head by a `Source`, a type with these members; T is the storage type:
 //   keys, width, scale           how many keys, features of queries and keys, the factor of q . k
 //   has_bias                     whether keys have a bias (then for_each_row_run gives gates, for_each_key_run biases)
-//   lse                          [rows] float, or null: not wanted
+//   kWeights                     0: one result, no weights; 1 or 2: that many results, and for_each_key_run gives weights of
+//                                the first in place of biases; those of the second lie weight_stride further on
+//   result(r)                    an object with the next three members, for result r
+//   lse, lse_offset              [rows] float, or null: not wanted; what to add to it
 //   for_each_row_run(first, count, body)   body(const T* row, stride, const float* gate, gate_stride, done, run)
 //   for_each_key_run(first, count, body)   body(const T* key, const T* value, stride, const float* bias, done, run)
 //   for_each_out_run(first, count, body)   body(T* out, stride, done, run)
 // The last three call `body` for every run of evenly spaced rows of [first, first + count); `done` counts those before. A
-// null gate is 1, a null bias 0.
+// null gate is 1, a null bias 0, a null weight 1.
 //
 // Roofline: 4 D operations for every query and key, hundreds of operations a byte: bound by multiply-adds, as a matrix
 // product is, plus one exponential for every 2 D multiply-adds (at D = 64 a tenth of the time in float, a third with the
@@ -22,6 +26,9 @@
 //   padding rows are zero and not stored.
 // * Scores, softmax and sums are float. What is multiplied is float too, or, for bfloat16 tensors where the instruction
 //   set has the dot product of pairs, bfloat16: then the probabilities are rounded once, as on every tensor core.
+//
+// * Weights are in (0, 1]. They are multiplied into the values as those are packed, and into the sums of p: what a result
+//   costs is its product p . v. Scores, maximum and exponentials are those of all results.
 //
 // A row's result does not depend on its group, nor so on the number of threads. -inf in the bias shuts a key out. A row
 // without any key left is 0 / 0 = NaN, as in PyTorch.
@@ -58,6 +65,9 @@ constexpr int kStripRows = kStripTiles * kTileRows;
 // second-level cache of 512 KiB at D = 64.
 constexpr int kGroupElements = 24576;
 
+template <typename Source>
+constexpr int kResults = Source::kWeights == 0 ? 1 : Source::kWeights;
+
 // How heads of `rows` queries and at most `keys` keys are cut up.
 struct ForwardPlan {
   int64_t rows;
@@ -66,12 +76,15 @@ struct ForwardPlan {
   int key_block;         // keys of a block, a multiple of kTileColumns
   int depth;             // D in elements of the arithmetic
   int64_t padded_width;  // D up to a multiple of kTileColumns
+  int results;           // of a head
   int64_t items;         // groups of all heads
 };
 
-static ForwardPlan make_forward_plan(int64_t heads, int64_t rows, int64_t keys, int width, int pack, int threads) {
+static ForwardPlan make_forward_plan(int64_t heads, int64_t rows, int64_t keys, int width, int results, int pack,
+                                     int threads) {
   ForwardPlan plan;
   plan.rows = rows;
+  plan.results = results;
   plan.depth = (width + pack - 1) / pack;
   plan.padded_width = round_up(width, kTileColumns);
   const int64_t most = kGroupElements / plan.padded_width;
@@ -95,12 +108,13 @@ template <typename Element>
 struct ForwardScratch {
   Element* queries;  // [rows, depth]; floats are scaled
   Element* keys;     // panels of the transposed keys, [key_block / columns, depth, columns]
-  Element* values;   // panels of the values, [padded width / columns, key_block / pack, columns]
-  float* out;        // [rows, padded width]: sums of p v, relative to `maximum`
+  Element* values;   // panels of the weighted values, [results, padded width / columns, key_block / pack, columns]
+  float* out;        // [rows, results, padded width]: sums of w p v, relative to `maximum`
   float* maximum;    // [rows] of the scores so far
-  float* total;      // [rows] sum of p so far
+  float* total;      // [rows, results] sums of w p so far
   float* gate;       // [rows]
   float* bias;       // [key_block]
+  float* weights;    // [results, kKeyBlock]
   float* scores;     // [kStripRows, kScoreStride]; turned into probabilities in place
   float* rescale;    // [kStripRows]
 };
@@ -117,12 +131,13 @@ static int64_t place_scratch(const ForwardPlan& plan, float* memory, ForwardScra
   };
   s->queries = reinterpret_cast<Element*>(take(plan.group_rows * plan.depth));
   s->keys = reinterpret_cast<Element*>(take(int64_t{plan.key_block} * plan.depth));
-  s->values = reinterpret_cast<Element*>(take(int64_t{plan.key_block} * plan.padded_width));
-  s->out = take(plan.group_rows * plan.padded_width);
+  s->values = reinterpret_cast<Element*>(take(plan.results * plan.key_block * plan.padded_width));
+  s->out = take(plan.group_rows * plan.results * plan.padded_width);
   s->maximum = take(plan.group_rows);
-  s->total = take(plan.group_rows);
+  s->total = take(plan.group_rows * plan.results);
   s->gate = take(plan.group_rows);
   s->bias = take(plan.key_block);
+  s->weights = take(plan.results * kKeyBlock);
   s->scores = take(kStripRows * kScoreStride);
   s->rescale = take(kStripRows);
   return used;
@@ -157,27 +172,44 @@ VGGT_MV_INLINE void pack_queries(const Source& source, const ForwardPlan& plan, 
   for (int i = count; i < padded_count; ++i) s.gate[i] = 0.0f;
 }
 
+// Key `index` of a block: its value, weighted for every result, into the panels; its bias or its weights beside them.
+template <typename Source, typename Element>
+VGGT_MV_INLINE void pack_value(const Source& source, const ForwardPlan& plan, const typename Source::Storage* value,
+                               const float* bias, int index, const ForwardScratch<Element>& s) {
+  const int64_t panel = int64_t{plan.key_block} / Arithmetic<typename Source::Storage>::kPack * kTileColumns;
+  if constexpr (Source::kWeights == 0) {
+    pack_row(value, source.width, index, panel, 1.0f, s.values);
+    if (source.has_bias) s.bias[index] = bias == nullptr ? 0.0f : *bias;
+  } else {
+    for (int r = 0; r < Source::kWeights; ++r) {
+      const float weight = bias == nullptr ? 1.0f : bias[r * source.weight_stride];
+      pack_row(value, source.width, index, panel, weight, s.values + r * (plan.padded_width / kTileColumns * panel));
+      s.weights[r * kKeyBlock + index] = weight;
+    }
+  }
+}
+
 template <typename Source, typename Element>
 VGGT_MV_INLINE void pack_keys(const Source& source, const ForwardPlan& plan, int64_t first, int count,
                               const ForwardScratch<Element>& s) {
   using T = typename Source::Storage;
-  constexpr int kPack = Arithmetic<T>::kPack;
   const T* columns[kLanes];
-  source.for_each_key_run(first, count,
-                          [&](const T* key, const T* value, int64_t stride, const float* bias, int done, int run)
-                              VGGT_MV_INLINE_LAMBDA {
-                                for (int i = 0; i < run; ++i) {
-                                  const int index = done + i;
-                                  columns[index % kLanes] = key + i * stride;
-                                  pack_row(value + i * stride, source.width, index,
-                                           int64_t{plan.key_block} / kPack * kTileColumns, 1.0f, s.values);
-                                  if (source.has_bias) s.bias[index] = bias == nullptr ? 0.0f : bias[i];
-                                  if ((index + 1) % kLanes != 0 && index + 1 != count) continue;
-                                  pack_columns<T>([&](int lane) { return columns[lane]; }, index % kLanes + 1,
-                                                  source.width, index / kLanes * kLanes, s.keys);
-                                }
-                              });
+  source.for_each_key_run(
+      first, count,
+      [&](const T* key, const T* value, int64_t stride, const float* bias, int done, int run) VGGT_MV_INLINE_LAMBDA {
+        for (int i = 0; i < run; ++i) {
+          const int index = done + i;
+          columns[index % kLanes] = key + i * stride;
+          pack_value(source, plan, value + i * stride, bias == nullptr ? nullptr : bias + i, index, s);
+          if ((index + 1) % kLanes != 0 && index + 1 != count) continue;
+          pack_columns<T>([&](int lane) { return columns[lane]; }, index % kLanes + 1, source.width,
+                          index / kLanes * kLanes, s.keys);
+        }
+      });
   for (int i = count; source.has_bias && i < plan.key_block; ++i) s.bias[i] = 0.0f;
+  for (int r = 0; r < Source::kWeights; ++r) {
+    for (int i = count; i < plan.key_block; ++i) s.weights[r * kKeyBlock + i] = 0.0f;
+  }
 }
 
 VGGT_MV_INLINE Vector scaled_score(Vector score, float, float) { return score; }
@@ -224,10 +256,11 @@ VGGT_MV_INLINE void store_probabilities(float* row, int j, const Vector (&p)[2],
 }
 #endif
 
-// Turns a row of scores into p = exp(score - maximum) and moves on the row's maximum and total. Returns the factor that
-// takes what was summed so far to the new maximum. The row is kTileColumns-padded; p is zero beyond `keys`.
-template <typename Element>
-VGGT_MV_INLINE float softmax_row(float* scores, int keys, float* maximum_so_far, float* total_so_far) {
+// Turns a row of scores into p = exp(score - maximum) and moves on the row's maximum and its total of every result. Returns
+// the factor that takes what was summed so far to the new maximum. The row is kTileColumns-padded; p is zero beyond `keys`.
+template <int kWeights, typename Element>
+VGGT_MV_INLINE float softmax_row(float* scores, int keys, const float* weights, float* maximum_so_far,
+                                 float* totals_so_far) {
   static_assert(kTileVectors == 2);
   const Vector minus_infinity = broadcast(-__builtin_inff());
   const int end = static_cast<int>(round_up(keys, kTileColumns));
@@ -249,19 +282,26 @@ VGGT_MV_INLINE float softmax_row(float* scores, int keys, float* maximum_so_far,
   // A row whose keys are all shut out so far: -inf - 0 keeps their p at zero where -inf - -inf would be NaN.
   const Vector shift = select((IntVector)(now == minus_infinity), Vector{}, now);
 
-  Vector totals[2] = {};
+  constexpr int kTotals = kWeights == 0 ? 1 : kWeights;
+  Vector totals[kTotals][2] = {};
   for (j = 0; j < end; j += 2 * kLanes) {
     Vector p[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       p[v] = probability(load(scores + j + v * kLanes) - shift, Element{});
-      totals[v] += p[v];
+      if constexpr (kWeights == 0) totals[0][v] += p[v];
+#pragma GCC unroll 2
+      for (int r = 0; r < kWeights; ++r) {
+        totals[r][v] = multiply_add(p[v], load(weights + r * kKeyBlock + j + v * kLanes), totals[r][v]);
+      }
     }
     store_probabilities(scores, j, p, Element{});
   }
   const float factor = exp_of_nonpositive(before - shift)[0];
   *maximum_so_far = now[0];
-  *total_so_far = *total_so_far * factor + total_of_lanes(totals[0] + totals[1])[0];
+  for (int r = 0; r < kTotals; ++r) {
+    totals_so_far[r] = totals_so_far[r] * factor + total_of_lanes(totals[r][0] + totals[r][1])[0];
+  }
   return factor;
 }
 
@@ -289,69 +329,85 @@ void accumulate_panel(const Element* panel, int depth, int tiles, int64_t out_st
 template <typename Source, typename Element>
 VGGT_MV_INLINE void store_rows(const Source& source, const ForwardPlan& plan, int64_t first, int count,
                                const ForwardScratch<Element>& s) {
-  source.for_each_out_run(first, count, [&](auto* to, int64_t stride, int done, int run) VGGT_MV_INLINE_LAMBDA {
-    for (int i = 0; i < run; ++i, to += stride) {
-      const float* from = s.out + (done + i) * plan.padded_width;
-      const float total = s.total[done + i];
-      for_each_vector(source.width, [&](int d, int, auto lanes)
-                                        VGGT_MV_INLINE_LAMBDA { store(to + d, load(from + d) / total, lanes); });
+  for (int r = 0; r < kResults<Source>; ++r) {
+    const auto& result = source.result(r);
+    result.for_each_out_run(first, count, [&](auto* to, int64_t stride, int done, int run) VGGT_MV_INLINE_LAMBDA {
+      for (int i = done; i < done + run; ++i, to += stride) {
+        const int64_t index = int64_t{i} * kResults<Source> + r;
+        const float* from = s.out + index * plan.padded_width;
+        const float total = s.total[index];
+        for_each_vector(source.width, [&](int d, int, auto lanes)
+                                          VGGT_MV_INLINE_LAMBDA { store(to + d, load(from + d) / total, lanes); });
+      }
+    });
+    for (int i = 0; i < count && result.lse != nullptr; ++i) {
+      result.lse[first + i] = s.maximum[i] + __builtin_logf(s.total[i * kResults<Source> + r]) + result.lse_offset;
     }
-  });
-  if (source.lse == nullptr) return;
-  for (int i = 0; i < count; ++i) source.lse[first + i] = s.maximum[i] + __builtin_logf(s.total[i]);
+  }
+}
+
+// One strip of `tiles` tiles of rows from `row` on against the packed block of `keys` keys.
+template <typename Source, typename Element>
+VGGT_MV_INLINE void run_strip(const Source& source, const ForwardPlan& plan, int row, int tiles, int keys,
+                              const ForwardScratch<Element>& s) {
+  constexpr int kPack = Arithmetic<typename Source::Storage>::kPack;
+  const Element* queries = s.queries + int64_t{row} * plan.depth;
+  if (Source::kWeights == 0 && source.has_bias) {
+    score_strip<true>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
+  } else {
+    score_strip<false>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
+  }
+  for (int i = 0; i < tiles * kTileRows; ++i) {
+    s.rescale[i] = softmax_row<Source::kWeights, Element>(s.scores + i * kScoreStride, keys, s.weights,
+                                                          s.maximum + row + i, s.total + (row + i) * kResults<Source>);
+  }
+  const int depth = (keys + kPack - 1) / kPack;
+  const int64_t stride = kResults<Source> * plan.padded_width;
+  for (int r = 0; r < kResults<Source>; ++r) {
+    for (int column = 0; column < source.width; column += kTileColumns) {
+      const int64_t place = r * plan.padded_width + column;
+      const Element* panel = s.values + place * (plan.key_block / kPack);
+      float* out = s.out + row * stride + place;
+      if (source.width - column > kLanes) {
+        accumulate_panel<kTileVectors>(panel, depth, tiles, stride, out, s);
+      } else {
+        accumulate_panel<1>(panel, depth, tiles, stride, out, s);
+      }
+    }
+  }
 }
 
 template <typename Source, typename Element>
 void run_group(const Source& source, const ForwardPlan& plan, int64_t group, const ForwardScratch<Element>& s) {
-  constexpr int kPack = Arithmetic<typename Source::Storage>::kPack;
   const int64_t first = group * plan.group_rows;
   const int64_t left = plan.rows - first;
   const int rows = static_cast<int>(left < plan.group_rows ? left : plan.group_rows);
   const int padded_rows = static_cast<int>(round_up(rows, kTileRows));
 
   pack_queries(source, plan, first, rows, padded_rows, s);
-  __builtin_memset(s.out, 0, padded_rows * plan.padded_width * sizeof(float));
-  for (int i = 0; i < padded_rows; ++i) {
-    s.maximum[i] = -__builtin_inff();
-    s.total[i] = 0.0f;
-  }
+  __builtin_memset(s.out, 0, padded_rows * kResults<Source> * plan.padded_width * sizeof(float));
+  __builtin_memset(s.total, 0, padded_rows * kResults<Source> * sizeof(float));
+  for (int i = 0; i < padded_rows; ++i) s.maximum[i] = -__builtin_inff();
   for (int64_t first_key = 0; first_key < source.keys; first_key += plan.key_block) {
     const int64_t keys_left = source.keys - first_key;
     const int keys = static_cast<int>(keys_left < plan.key_block ? keys_left : plan.key_block);
     pack_keys(source, plan, first_key, keys, s);
     for (int row = 0; row < padded_rows; row += kStripRows) {
       const int tiles = (padded_rows - row < kStripRows ? padded_rows - row : kStripRows) / kTileRows;
-      const Element* queries = s.queries + int64_t{row} * plan.depth;
-      if (source.has_bias) {
-        score_strip<true>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
-      } else {
-        score_strip<false>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
-      }
-      for (int i = 0; i < tiles * kTileRows; ++i) {
-        s.rescale[i] = softmax_row<Element>(s.scores + i * kScoreStride, keys, s.maximum + row + i, s.total + row + i);
-      }
-      const int depth = (keys + kPack - 1) / kPack;
-      for (int column = 0; column < source.width; column += kTileColumns) {
-        const Element* panel = s.values + int64_t{column} * (plan.key_block / kPack);
-        float* out = s.out + row * plan.padded_width + column;
-        if (source.width - column > kLanes) {
-          accumulate_panel<kTileVectors>(panel, depth, tiles, plan.padded_width, out, s);
-        } else {
-          accumulate_panel<1>(panel, depth, tiles, plan.padded_width, out, s);
-        }
-      }
+      run_strip(source, plan, row, tiles, keys, s);
     }
   }
   store_rows(source, plan, first, rows, s);
 }
 
 // Runs `heads` heads of `rows` queries and at most `keys` keys each; source_of(i) describes head i.
-template <typename T, typename SourceOf>
+template <typename Source, typename SourceOf>
 VGGT_MV_INLINE Status attend(int64_t heads, int64_t rows, int64_t keys, int width, int num_threads,
                              SourceOf source_of) {
-  using Element = typename Arithmetic<T>::Element;
+  using Form = Arithmetic<typename Source::Storage>;
+  using Element = typename Form::Element;
   const int threads = num_threads < 1 ? 1 : num_threads;
-  const ForwardPlan plan = make_forward_plan(heads, rows, keys, width, Arithmetic<T>::kPack, threads);
+  const ForwardPlan plan = make_forward_plan(heads, rows, keys, width, kResults<Source>, Form::kPack, threads);
   if (plan.items == 0) return Status::ok;
   ForwardScratch<Element> unplaced;
   const int64_t size = place_scratch(plan, nullptr, &unplaced);

@@ -76,15 +76,18 @@ VGGT_MV_INLINE void pack_row(const T* row, int width, int64_t index, int64_t str
   }
 }
 
-// The same where rows 2 i and 2 i + 1 are the halves of elements of row i. An even row leaves zeros for the odd one.
-VGGT_MV_INLINE void pack_row(const Bfloat16* row, int width, int64_t index, int64_t stride, float,
+// The same where rows 2 i and 2 i + 1 are the halves of elements of row i. An even row leaves zeros for the odd one. What
+// a factor makes of an element is rounded.
+VGGT_MV_INLINE void pack_row(const Bfloat16* row, int width, int64_t index, int64_t stride, float factor,
                              Bfloat16Pair* panels) {
   for (int column = 0; column < width; column += kTileColumns) {
     Bfloat16Pair* to = panels + column / kTileColumns * stride + index / 2 * kTileColumns;
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       // Widened, the bits stand in the upper half.
-      const BitVector bits = bits_of(load_zero_filled(row + column + v * kLanes, width - column - v * kLanes));
+      Vector values = load_zero_filled(row + column + v * kLanes, width - column - v * kLanes);
+      if (factor != 1.0f) values = rounded(values * factor, Bfloat16{});
+      const BitVector bits = bits_of(values);
       store(to + v * kLanes, index % 2 == 0 ? bits >> 16 : operand(to + v * kLanes) | bits);
     }
   }

@@ -43,6 +43,7 @@ int64_t most_keys(const GatheredAttentionParams& p) {
 template <typename T>
 struct GatheredSource {
   using Storage = T;
+  static constexpr int kWeights = 0;
 
   GatheredSource(const GatheredAttentionParams& params, int64_t index)
       : p(params),
@@ -66,6 +67,8 @@ struct GatheredSource {
       lse = p.lse + (batch * p.heads + head) * all + frame * p.grid.tokens;
     }
   }
+
+  const GatheredSource& result(int) const { return *this; }
 
   // Query, key or value (0, 1, 2) of a token of frame `number` of the batch element.
   const T* token_part(int which, int64_t number, int64_t token) const {
@@ -167,12 +170,13 @@ struct GatheredSource {
   int64_t keys;
   const int64_t* list = nullptr;
   float* lse = nullptr;
+  static constexpr float lse_offset = 0.0f;
 };
 
 template <typename T>
 Status forward(const GatheredAttentionParams& p, int num_threads) {
-  return attend<T>(sequences(p) * p.heads, queries_of_sequence(p), most_keys(p), p.width, num_threads,
-                   [&](int64_t index) { return GatheredSource<T>(p, index); });
+  return attend<GatheredSource<T>>(sequences(p) * p.heads, queries_of_sequence(p), most_keys(p), p.width, num_threads,
+                                   [&](int64_t index) { return GatheredSource<T>(p, index); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "core/alternating_attention.h"
 #include "core/conv3x3.h"
+#include "core/dual_stream_attention.h"
 #include "core/gathered_attention.h"
 #include "core/qk_norm_rope.h"
 #include "core/residual_scale_norm.h"
@@ -17,6 +18,7 @@ struct CpuKernels {
   Status (*alternating_attention)(const AlternatingAttentionParams& params, int num_threads);
   Status (*alternating_attention_backward)(const AlternatingAttentionBackwardParams& params, int num_threads);
   Status (*conv3x3)(const Conv3x3Params& params, int num_threads);
+  Status (*dual_stream_attention)(const DualStreamAttentionParams& params, int num_threads);
   Status (*gathered_attention)(const GatheredAttentionParams& params, int num_threads);
   Status (*qk_norm_rope)(const QkNormRopeParams& params, int num_threads);
   Status (*qk_norm_rope_backward)(const QkNormRopeBackwardParams& params, int num_threads);
@@ -32,6 +34,7 @@ extern const CpuKernels kernels;
 Status alternating_attention(const AlternatingAttentionParams& params, int num_threads);
 Status alternating_attention_backward(const AlternatingAttentionBackwardParams& params, int num_threads);
 Status conv3x3(const Conv3x3Params& params, int num_threads);
+Status dual_stream_attention(const DualStreamAttentionParams& params, int num_threads);
 Status gathered_attention(const GatheredAttentionParams& params, int num_threads);
 Status qk_norm_rope(const QkNormRopeParams& params, int num_threads);
 Status qk_norm_rope_backward(const QkNormRopeBackwardParams& params, int num_threads);

@@ -6,6 +6,7 @@ const CpuKernels kernels = {
     alternating_attention,
     alternating_attention_backward,
     conv3x3,
+    dual_stream_attention,
     gathered_attention,
     qk_norm_rope,
     qk_norm_rope_backward,

@@ -137,16 +137,11 @@ def _run(
         pose, geo = _reference((qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo), axis, scale)
         lse_pose, lse_geo = (lse.fill_(-torch.inf) for lse in both)
         return pose, geo, lse_pose, lse_geo
-    if backend == "cuda":
-        return _run_cuda(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
-    bias_pose, bias_geo = _biases(mask, lambda_pose, lambda_geo)
-    qkv_geo = qkv_pose if qkv_geo is None else qkv_geo
-    pose, lse_pose = _single.run_kernel(backend, qkv_pose, axis, bias_pose, None, scale)
-    geo, lse_geo = _single.run_kernel(backend, qkv_geo, axis, bias_geo, None, scale)
-    return pose, geo, lse_pose, lse_geo
+    return _run_kernel(backend, qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
 
 
-def _run_cuda(
+def _run_kernel(
+    backend: str,
     qkv_pose: Tensor,
     qkv_geo: Tensor | None,
     axis: str,
@@ -155,30 +150,34 @@ def _run_cuda(
     lambda_geo: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both streams by one launch, which reads the lambdas where they are."""
+    """Both streams by one launch, which reads the lambdas where they are; arguments that were checked."""
     results = _fake(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
-    qkv_pose = _kernels.aligned_rows(_kernels.unit_width(qkv_pose))
-    qkv_geo = None if qkv_geo is None else _kernels.aligned_rows(_kernels.unit_width(qkv_geo))
+    qkv_pose, qkv_geo = (None if qkv is None else _kernels.unit_width(qkv) for qkv in (qkv_pose, qkv_geo))
+    if backend == "cuda":
+        qkv_pose, qkv_geo = (None if qkv is None else _kernels.aligned_rows(qkv) for qkv in (qkv_pose, qkv_geo))
     if mask is None:
         lambda_pose = lambda_geo = None
     else:
         mask = mask.contiguous()
     *sizes, _, heads, width = qkv_pose.shape
     tensors = (qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo, *results)
+    arguments = (
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        sizes,
+        _kernels.qkv_steps(qkv_pose),
+        _kernels.qkv_steps(qkv_pose if qkv_geo is None else qkv_geo),
+        _kernels.AXIS_CODES[axis],
+        heads,
+        width,
+        width**-0.5 if scale is None else scale,
+        _kernels.DTYPE_CODES[qkv_pose.dtype],
+    )
     assert extension is not None
-    with _kernels.device_guard(qkv_pose):
-        extension.dual_stream_attention_cuda(
-            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-            sizes,
-            _kernels.qkv_steps(qkv_pose),
-            _kernels.qkv_steps(qkv_pose if qkv_geo is None else qkv_geo),
-            _kernels.AXIS_CODES[axis],
-            heads,
-            width,
-            width**-0.5 if scale is None else scale,
-            _kernels.DTYPE_CODES[qkv_pose.dtype],
-            _kernels.stream_address(qkv_pose),
-        )
+    if backend == "cpu":
+        extension.dual_stream_attention_cpu(*arguments, torch.get_num_threads())
+    else:
+        with _kernels.device_guard(qkv_pose):
+            extension.dual_stream_attention_cuda(*arguments, _kernels.stream_address(qkv_pose))
     return results
 
 
