@@ -3,7 +3,7 @@
 //
 // An operator describes a head by a `Source`, a type with these members; T is the storage type:
 //   keys, width, scale           how many keys, features of queries and keys, the factor of q . k
-//   has_bias                     whether keys have a bias (then for_each_row_run gives gates, for_each_key_run biases)
+//   bias                         whether keys have a bias (for_each_key_run gives it), rows gates (for_each_row_run)
 //   kWeights                     0: one result, no weights; 1 or 2: that many results, and for_each_key_run gives weights of
 //                                the first in place of biases; those of the second lie weight_stride further on
 //   result(r)                    an object with the next three members, for result r
@@ -40,6 +40,9 @@
 #include "cpu/attention_tiles.h"
 
 namespace vggt_mv::VGGT_MV_ISA {
+
+// What is added to a score: nothing, its key's bias, or that times its row's gate.
+enum class Bias { none, plain, gated };
 
 // What a storage type is multiplied as: Element is one feature (or key), or a pair of them.
 template <typename T>
@@ -179,7 +182,7 @@ VGGT_MV_INLINE void pack_value(const Source& source, const ForwardPlan& plan, co
   const int64_t panel = int64_t{plan.key_block} / Arithmetic<typename Source::Storage>::kPack * kTileColumns;
   if constexpr (Source::kWeights == 0) {
     pack_row(value, source.width, index, panel, 1.0f, s.values);
-    if (source.has_bias) s.bias[index] = bias == nullptr ? 0.0f : *bias;
+    if (source.bias != Bias::none) s.bias[index] = bias == nullptr ? 0.0f : *bias;
   } else {
     for (int r = 0; r < Source::kWeights; ++r) {
       const float weight = bias == nullptr ? 1.0f : bias[r * source.weight_stride];
@@ -206,7 +209,7 @@ VGGT_MV_INLINE void pack_keys(const Source& source, const ForwardPlan& plan, int
                           index / kLanes * kLanes, s.keys);
         }
       });
-  for (int i = count; source.has_bias && i < plan.key_block; ++i) s.bias[i] = 0.0f;
+  for (int i = count; source.bias != Bias::none && i < plan.key_block; ++i) s.bias[i] = 0.0f;
   for (int r = 0; r < Source::kWeights; ++r) {
     for (int i = count; i < plan.key_block; ++i) s.weights[r * kKeyBlock + i] = 0.0f;
   }
@@ -214,9 +217,13 @@ VGGT_MV_INLINE void pack_keys(const Source& source, const ForwardPlan& plan, int
 
 VGGT_MV_INLINE Vector scaled_score(Vector score, float, float) { return score; }
 VGGT_MV_INLINE Vector scaled_score(Vector score, Bfloat16Pair, float scale) { return score * scale; }
+VGGT_MV_INLINE Vector biased_score(Vector score, float, float, Vector bias) { return score + bias; }
+VGGT_MV_INLINE Vector biased_score(Vector score, Bfloat16Pair, float scale, Vector bias) {
+  return multiply_add(score, broadcast(scale), bias);
+}
 
-// scores[i, j] = scale q_i . k_j (+ gate_i bias_j) of `tiles` tiles of rows.
-template <bool kBias, typename Element>
+// scores[i, j] = scale q_i . k_j (+ bias_j, or + gate_i bias_j) of `tiles` tiles of rows.
+template <Bias kBias, typename Element>
 void score_strip(const Element* queries, const float* gates, int depth, float scale, int keys, int tiles,
                  const ForwardScratch<Element>& s) {
   for (int column = 0; column < keys; column += kTileColumns) {
@@ -229,8 +236,13 @@ void score_strip(const Element* queries, const float* gates, int depth, float sc
       for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v) {
-          Vector score = scaled_score(sums[i][v], Element{}, scale);
-          if constexpr (kBias) {
+          Vector score;
+          if constexpr (kBias == Bias::plain) {
+            score = biased_score(sums[i][v], Element{}, scale, load(s.bias + column + v * kLanes));
+          } else {
+            score = scaled_score(sums[i][v], Element{}, scale);
+          }
+          if constexpr (kBias == Bias::gated) {
             const Vector gate = broadcast(gates[tile * kTileRows + i]);
             score = multiply_add(gate, load(s.bias + column + v * kLanes), score);
           }
@@ -352,10 +364,13 @@ VGGT_MV_INLINE void run_strip(const Source& source, const ForwardPlan& plan, int
                               const ForwardScratch<Element>& s) {
   constexpr int kPack = Arithmetic<typename Source::Storage>::kPack;
   const Element* queries = s.queries + int64_t{row} * plan.depth;
-  if (Source::kWeights == 0 && source.has_bias) {
-    score_strip<true>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
+  const float* gates = s.gate + row;
+  if (source.bias == Bias::none) {
+    score_strip<Bias::none>(queries, gates, plan.depth, source.scale, keys, tiles, s);
+  } else if (source.bias == Bias::plain) {
+    score_strip<Bias::plain>(queries, gates, plan.depth, source.scale, keys, tiles, s);
   } else {
-    score_strip<false>(queries, s.gate + row, plan.depth, source.scale, keys, tiles, s);
+    score_strip<Bias::gated>(queries, gates, plan.depth, source.scale, keys, tiles, s);
   }
   for (int i = 0; i < tiles * kTileRows; ++i) {
     s.rescale[i] = softmax_row<Source::kWeights, Element>(s.scores + i * kScoreStride, keys, s.weights,

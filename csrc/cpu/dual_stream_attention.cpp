@@ -89,7 +89,7 @@ struct SharedSource : GridSource<T> {
       : GridSource<T>(streams[0], index),
         weight_stride(streams[1].key_bias - streams[0].key_bias),
         geo(streams[1], index) {
-    this->has_bias = false;
+    this->bias = Bias::none;
     this->lse_offset = biases.largest[0];
     geo.lse_offset = biases.largest[1];
   }

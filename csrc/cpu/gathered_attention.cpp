@@ -49,7 +49,7 @@ struct GatheredSource {
       : p(params),
         width(params.width),
         scale(params.scale),
-        has_bias(params.key_bias != nullptr),
+        bias(params.key_bias == nullptr ? Bias::none : Bias::plain),
         head(static_cast<int>(index % params.heads)) {
     const int64_t sequence = index / p.heads;
     const int64_t frames = int64_t{p.grid.times} * p.grid.views;
@@ -163,7 +163,7 @@ struct GatheredSource {
   const GatheredAttentionParams& p;
   int width;
   float scale;
-  bool has_bias;
+  Bias bias;
   int head;
   int64_t batch;
   int64_t frame;  // whose list it is; 0 where all queries share one

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/alternating_attention.h"
-#include "cpu/attention_tiles.h"
+#include "cpu/attention_forward.h"
 
 namespace vggt_mv::VGGT_MV_ISA {
 
@@ -18,7 +18,9 @@ struct GridSource {
         keys(sequence_length(params.grid, params.axis)),
         width(params.width),
         scale(params.scale),
-        has_bias(params.key_bias != nullptr),
+        bias(params.key_bias == nullptr   ? Bias::none
+             : params.row_gate == nullptr ? Bias::plain
+                                          : Bias::gated),
         sequence(index / params.heads),
         head(static_cast<int>(index % params.heads)),
         lse(params.lse == nullptr ? nullptr : params.lse + index * keys) {}
@@ -61,7 +63,7 @@ struct GridSource {
   int64_t keys;
   int width;
   float scale;
-  bool has_bias;
+  Bias bias;
   int64_t sequence;
   int head;
   float* lse;
