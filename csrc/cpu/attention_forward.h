@@ -62,6 +62,8 @@ constexpr int kKeyBlock = 256;
 constexpr int kLeastKeys = 128;               // for wide heads, whose panels fill the caches earlier
 constexpr int kKeyElements = 16384;           // of a block of keys, where that leaves kLeastKeys
 constexpr int kScoreStride = kKeyBlock + 16;  // a power of two would put a strip's rows into the same cache sets
+constexpr int kRowsAhead = 16;                // of the row that is packed: fetched meanwhile
+constexpr int kLineBytes = 64;
 constexpr int kStripTiles = 4;
 constexpr int kStripRows = kStripTiles * kTileRows;
 // Elements of queries and of output that a group may hold: 96 KiB each, beside the packed keys and values in a
@@ -192,6 +194,12 @@ VGGT_MV_INLINE void pack_value(const Source& source, const ForwardPlan& plan, co
   }
 }
 
+// The next rows of a head lie other heads' rows apart, where a processor does not fetch ahead by itself.
+template <typename T>
+VGGT_MV_INLINE void prefetch_row(const T* row, int width) {
+  for (int d = 0; d < width; d += kLineBytes / static_cast<int>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
 template <typename Source, typename Element>
 VGGT_MV_INLINE void pack_keys(const Source& source, const ForwardPlan& plan, int64_t first, int count,
                               const ForwardScratch<Element>& s) {
@@ -202,6 +210,10 @@ VGGT_MV_INLINE void pack_keys(const Source& source, const ForwardPlan& plan, int
       [&](const T* key, const T* value, int64_t stride, const float* bias, int done, int run) VGGT_MV_INLINE_LAMBDA {
         for (int i = 0; i < run; ++i) {
           const int index = done + i;
+          if (i + kRowsAhead < run) {
+            prefetch_row(key + (i + kRowsAhead) * stride, source.width);
+            prefetch_row(value + (i + kRowsAhead) * stride, source.width);
+          }
           columns[index % kLanes] = key + i * stride;
           pack_value(source, plan, value + i * stride, bias == nullptr ? nullptr : bias + i, index, s);
           if ((index + 1) % kLanes != 0 && index + 1 != count) continue;

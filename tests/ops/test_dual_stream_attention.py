@@ -209,6 +209,180 @@ def test_kernel(isa: str, axis: str, shared: bool) -> None:
             assert (a - b).abs() <= TOLERANCE[dtype] * size
 
 
+# --- The CPU kernel: streams that share qkv have one softmax where the biases of each lie at most 30 apart, else two.
+
+every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+TOKENS = (1, 5, 6, 7, 8, 9, 15, 17, 24, 25, 86, 255, 256, 257)
+
+
+def kernel_inputs(shared: bool, shape: tuple[int, ...], dtype: torch.dtype = F32, weight: float = 1.0):  # type: ignore[no-untyped-def]
+    """float64 inputs that a kernel of the dtype is given exactly; biases up to some `weight` in size."""
+    pose, geo, mask, lambda_pose, lambda_geo = make_inputs(shared, shape)
+    return cast(cast((pose, geo, mask, lambda_pose * weight, lambda_geo * weight), dtype), F64)
+
+
+def run_kernel(axis: str, given, dtype: torch.dtype = F32) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """pose, geo, lse_pose, lse_geo."""
+    qkv_pose, qkv_geo, *biases = cast(given, dtype)
+    with vggt_mv_ext.backend("cpu"):
+        return list(torch.ops.vggt_mv.dual_stream_attention(qkv_pose, qkv_geo, axis, *biases, None))
+
+
+def exact_lse(given, axis: str) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Of every stream, [sequences, h, length], for frame and global sequences, which are contiguous."""
+    qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo = given
+    found = []
+    for qkv, weight in ((qkv_pose, -lambda_pose), (qkv_pose if qkv_geo is None else qkv_geo, lambda_geo)):
+        q, k, _ = qkv.flatten(0, {"frame": 2, "global": 0}[axis]).flatten(1, -4).unbind(2)
+        bias = (weight * mask).reshape(len(q), 1, 1, -1)
+        logits = torch.einsum("slhd,smhd->shlm", q, k) * q.shape[-1] ** -0.5 + bias
+        found.append(logits.logsumexp(-1))
+    return found
+
+
+@every_isa
+@shared_or_not
+@pytest.mark.parametrize(("axis", "sizes"), [("frame", (2, 1, 1)), ("view", (1, 2, 3)), ("time", (1, 3, 2))])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_at_every_length(isa: str, axis: str, sizes: tuple[int, ...], shared: bool) -> None:
+    for tokens in TOKENS:
+        given = kernel_inputs(shared, (*sizes, tokens, 3, 2, 20))
+        for got, exact in zip(run_kernel(axis, given), call(reference.dual_stream_attention, axis, given)):
+            error = (got - exact).norm() / exact.norm()
+            assert error < 5e-7, f"{tokens} tokens: {error:.2e}"  # measured: up to 3e-7
+
+
+@every_isa
+@shared_or_not
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 33, 64, 96])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_at_every_width(isa: str, width: int, dtype: torch.dtype, shared: bool) -> None:
+    given = kernel_inputs(shared, (1, 2, 2, 37, 3, 3, width), dtype)
+    eager = call(reference.dual_stream_attention, "view", cast(given, dtype))
+    exact = call(reference.dual_stream_attention, "view", given)
+    for name, got, want, beside in zip(("pose", "geo"), run_kernel("view", given, dtype), exact, eager):
+        assert_accurate(name, got, want, dtype, beside)
+
+
+@every_isa
+@shared_or_not
+@pytest.mark.parametrize("weight", [1.0, 60.0], ids=["near", "far"])
+def test_kernel_gives_the_same_bits_on_any_number_of_threads(isa: str, shared: bool, weight: float) -> None:
+    for dtype in (F32, BF16):
+        given = kernel_inputs(shared, (1, 1, 1, 1041, 3, 2, 64), dtype, weight)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run_kernel("frame", given, dtype))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        for got, exact in zip(found[0], call(reference.dual_stream_attention, "frame", given)):
+            assert_accurate("out", got, exact, dtype)
+
+
+@every_isa
+@shared_or_not
+@every_axis
+def test_kernel_reads_strides_and_nothing_beside(isa: str, axis: str, shared: bool) -> None:
+    given = cast(kernel_inputs(shared, (2, 2, 3, 19, 3, 2, 21)), F32)
+    want = run_kernel(axis, given)
+    strided = list(given)
+    for place, order in ((0, (2, 3, 19, 2, 3, 2, 29)), (1, (3, 2, 19, 2, 3, 2, 37))):
+        if given[place] is not None:
+            dims = (0, 3, 1, 2, 4, 5, 6) if place == 0 else (1, 3, 0, 2, 4, 5, 6)
+            strided[place] = torch.full(order, float("nan")).permute(dims)[..., 3:24]
+            strided[place].copy_(given[place])
+    strided[2] = torch.full((2, 2, 3, 19, 2), float("nan"))[..., 0].copy_(given[2])
+    for got, plain in zip(run_kernel(axis, strided), want, strict=True):
+        assert torch.equal(got, plain) and plain.isfinite().all()
+
+
+@every_isa
+@shared_or_not
+@pytest.mark.parametrize("weight", [0.0, 1.0, 22.5, 23.5, 60.0, 500.0])
+@pytest.mark.parametrize("axis", ["frame", "global"])
+def test_kernel_with_biases_near_and_far(isa: str, axis: str, weight: float, shared: bool) -> None:
+    """1.3 x 22.5 is within 30, 1.3 x 23.5 beyond it. Scores of some tens, so that either may decide."""
+    given = kernel_inputs(shared, (1, 2, 1, 300, 3, 2, 16), weight=weight)
+    given[2][..., :2] = torch.tensor([0.0, 1.0])
+    for qkv in given[:2]:
+        if qkv is not None:
+            qkv[..., :2, :, :] *= 3
+    given = cast(cast(given, F32), F64)
+    exact = [*call(reference.dual_stream_attention, axis, given), *exact_lse(given, axis)]
+    eager = call(reference.dual_stream_attention, axis, cast(given, F32))
+    for name, got, want, beside in zip(("pose", "geo"), run_kernel(axis, given), exact, eager):
+        # Without a fused multiply-add every product is rounded, which large scores show.
+        assert_accurate(name, got, want, F32, None if isa == "portable" else beside)
+    for name, got, want in zip(("lse_pose", "lse_geo"), run_kernel(axis, given)[2:], exact[2:]):
+        assert_accurate(name, got, want, F32)
+
+
+@every_isa
+@shared_or_not
+@pytest.mark.parametrize("weight", [22.5, 60.0], ids=["near", "far"])
+def test_kernel_gradients_with_large_biases(isa: str, shared: bool, weight: float) -> None:
+    """They hang on lse: exp(score - lse) are the probabilities."""
+    given = kernel_inputs(shared, (1, 2, 2, 37, 3, 2, 16), weight=weight)
+    grads = [torch.randn(1, 2, 2, 37, 32).double() for _ in range(2)]
+    exact = gradients(reference.dual_stream_attention, "view", given, grads)
+    with vggt_mv_ext.backend("cpu"):
+        got = gradients(dual_stream_attention, "view", cast(given, F32), [g.float() for g in grads])
+    for name, a, b in zip(NAMES[:3], got, exact):
+        if a is not None and b is not None:
+            assert_accurate(name, a, b, F32)
+
+
+@every_isa
+@shared_or_not
+def test_kernel_where_whole_sequences_are_far_apart(isa: str, shared: bool) -> None:
+    """A bias that all keys of a sequence have changes nothing, however large."""
+    given = kernel_inputs(shared, (1, 1, 2, 40, 3, 2, 16))
+    given[2] = torch.zeros(1, 1, 2, 40, dtype=F64)
+    given[2][0, 0, 1] = 1
+    given[3] = given[4] = torch.tensor(300.0, dtype=F64)
+    exact = call(reference.dual_stream_attention, "frame", given)
+    for name, got, want in zip(("pose", "geo"), run_kernel("frame", given), exact):
+        assert_accurate(name, got, want, F32)
+
+
+@every_isa
+@shared_or_not
+def test_kernel_shuts_keys_out(isa: str, shared: bool) -> None:
+    """An infinite mask: -inf as bias of the marked keys in both streams, and NaN where no key is left."""
+    given = kernel_inputs(shared, (1, 1, 1, 600, 3, 1, 16))
+    given[2] = torch.zeros(1, 1, 1, 600, dtype=F64)
+    given[2][..., 100:500] = torch.inf
+    given[4] = torch.tensor(-1.0, dtype=F64)
+    kept = [
+        None if qkv is None else torch.cat((qkv[..., :100, :, :, :], qkv[..., 500:, :, :, :]), 3) for qkv in given[:2]
+    ]
+    exact = call(reference.dual_stream_attention, "frame", (*kept, None, None, None))
+    for got, want in zip(run_kernel("frame", given), exact):
+        rows = torch.cat((got[..., :100, :], got[..., 500:, :]), 3)
+        assert got.isfinite().all() and (rows - want).norm() / want.norm() < 5e-7
+    given[2][:] = torch.inf
+    assert all(out.isnan().all() for out in run_kernel("frame", given)[:2])
+    given[2] = torch.zeros(1, 1, 1, 600, dtype=F64)
+    given[2][..., 7] = torch.nan
+    assert all(out.isnan().all() for out in run_kernel("frame", given)[:2])
+
+
+@every_isa
+@pytest.mark.parametrize("mask", [True, False], ids=["lambdas of zero", "no mask"])
+def test_kernel_without_bias_gives_the_bits_of_one_stream(isa: str, mask: bool) -> None:
+    for dtype in (F32, F16, BF16):
+        qkv = torch.randn(1, 2, 2, 67, 3, 2, 40).to(dtype)
+        zero = torch.zeros(())
+        given = (qkv, None, torch.rand(1, 2, 2, 67), zero, zero) if mask else (qkv, None, None, None, None)
+        with vggt_mv_ext.backend("cpu"):
+            single, lse = torch.ops.vggt_mv.alternating_attention(qkv, "view", None, None, None)
+        pose, geo, lse_pose, lse_geo = run_kernel("view", given, dtype)
+        assert torch.equal(pose, single) and torch.equal(geo, single)
+        assert torch.equal(lse_pose, lse) and torch.equal(lse_geo, lse)
+
+
 @needs_kernel
 def test_choice_of_backend() -> None:
     assert vggt_mv_ext.explain(dual_stream_attention, QKV).backend == "cpu"

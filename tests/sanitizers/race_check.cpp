@@ -101,6 +101,31 @@ void check_attention(Axis axis, DType dtype) {
   });
 }
 
+// lambdas of 100 put the biases too far apart for one softmax of both streams.
+void check_dual_stream(Axis axis, bool shared, float lambda, DType dtype) {
+  const Floats pose = random_floats(kQkv, 14), geo = random_floats(kQkv, 15), mask = random_floats(kTokens, 16);
+  const int64_t rows = kTokens * kHeads;
+  DualStreamAttentionParams p = {};
+  p.qkv_pose = pose.data();
+  p.qkv_geo = shared ? nullptr : geo.data();
+  p.mask = mask.data();
+  p.lambda_pose = p.lambda_geo = &lambda;
+  p.grid = kGrid;
+  p.pose_strides = p.geo_strides = kQkvStrides;
+  p.axis = axis;
+  p.heads = kHeads;
+  p.width = kWidth;
+  p.scale = 0.2f;
+  p.dtype = dtype;
+  check("dual_stream_attention", {kOut, kOut, rows, rows}, [&](std::vector<Floats>& results, int threads) {
+    p.pose = results[0].data();
+    p.geo = results[1].data();
+    p.lse_pose = results[2].data();
+    p.lse_geo = results[3].data();
+    return cpu_kernels().dual_stream_attention(p, threads);
+  });
+}
+
 void check_gathered(TokenKeys token_keys, bool memory, bool memory_queries) {
   const Floats qkv = random_floats(kQkv, 4), bias = random_floats(kTokens, 5);
   const Floats memory_qkv = random_floats(int64_t{kGrid.batch} * kMemory * 3 * kHeads * kWidth, 6);
@@ -258,6 +283,13 @@ int main() {
     set_cpu_isa(isa);
     for (Axis axis : {Axis::frame, Axis::view, Axis::time, Axis::global}) check_attention(axis, DType::f32);
     check_attention(Axis::time, DType::bf16);  // the bits of floats, as twice as many numbers: any will do
+    for (Axis axis : {Axis::frame, Axis::time}) {
+      for (bool shared : {false, true}) {
+        check_dual_stream(axis, shared, 1.0f, DType::f32);
+        check_dual_stream(axis, shared, 100.0f, DType::f32);
+        check_dual_stream(axis, shared, 1.0f, DType::bf16);
+      }
+    }
     check_gathered(TokenKeys::all, true, true);
     check_gathered(TokenKeys::none, true, false);
     check_gathered(TokenKeys::listed_tokens, false, false);
