@@ -35,7 +35,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu_measure import PeakMemory, measure, measure_graph
-from gpu_operators import step_alternating_attention, step_qk_norm_rope, step_residual_scale_norm
+from gpu_operators import (
+    step_alternating_attention,
+    step_dual_stream_attention,
+    step_gathered_attention,
+    step_qk_norm_rope,
+    step_residual_scale_norm,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "gpu-check: no CUDA device found (torch.cuda.is_available() is False); this command needs one"
@@ -337,6 +343,8 @@ def steps() -> list[Step]:
         Step("auto_1b", lambda: step_model("auto", frames), 60),
         Step("qk_norm_rope", step_qk_norm_rope, 30),
         Step("residual_scale_norm", step_residual_scale_norm, 30),
+        Step("dual_stream_attention", step_dual_stream_attention, 15),
+        Step("gathered_attention", step_gathered_attention, 30),
         Step("sanitizer", step_sanitizer, 60),
     ]
 
@@ -358,6 +366,13 @@ def print_table(report: dict[str, Any]) -> None:
         rates = ", ".join(f"{peer} {rate}" for peer, rate in row["tflop_per_s"].items())
         cost = f"; with bias / without {row['over_no_bias']}" if "over_no_bias" in row else ""
         print(f"attention L {row['length']:6} {'bias' if row['bias'] else '    '} TFLOP/s: {rates}{cost}")
+    for row in results.get("dual_stream_attention") or []:
+        ratios = ", ".join(f"{mode} qkv {row[f'{mode}_over_one']} x one stream" for mode in ("own", "shared"))
+        print(f"dual stream L {row['length']:6}: {ratios}; TFLOP/s: one stream {row['tflop_per_s']['one']}")
+    for row in results.get("gathered_attention") or []:
+        shares = [f"{name} {row[f'{name}_of_copy']} of a copy's rate" for name in ("memory_write", "memory_read")]
+        shares += [f"{name} {row[f'{name}_of_dense_rate']} of dense" for name in ("landmark", "block_dilated")]
+        print(f"sparse {row['frames']:4} frames: {', '.join(shares)}; dense {row['tflop_per_s']['dense']} TFLOP/s")
     for name in ("eager_1b", "auto_1b"):
         for row in results.get(name) or []:
             parts = [
@@ -382,7 +397,7 @@ def _row(rows: Sequence[dict[str, Any]] | None, frames: int) -> dict[str, Any] |
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build, test and measure on a machine with a GPU.")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/gpu-<device>.json)")
-    parser.add_argument("--time-limit", type=float, default=480.0, metavar="S", help="seconds in all (default: 480)")
+    parser.add_argument("--time-limit", type=float, default=540.0, metavar="S", help="seconds in all (default: 540)")
     parser.add_argument("--only", help="comma-separated step names (default: all)")
     arguments = parser.parse_args()
 

@@ -205,3 +205,143 @@ def step_alternating_attention(
             if with_bias:
                 rows[-1]["over_no_bias"] = round(medians["ours"] / rows[-2]["ours"]["median_ms"], 3)
     return rows
+
+
+def first_rows(queries: Any, keys: Any, bias: Any = None) -> Any:
+    """Attention in float64 of the first 512 queries of `[L, 3, h, D]` over keys of `[K, 3, h, D]`: `[rows, h D]`."""
+    from vggt_mv_ext import reference
+
+    q, (k, v) = queries[None, :512, 0].double(), (keys[None, :, part].double() for part in (1, 2))
+    return reference.attend(q, k, v, None if bias is None else bias[None].double(), None)[0]
+
+
+def check_rows(name: str, got: Any, expected: Any) -> float:
+    """The relative error of the first rows of `[..., h D]` in bf16; raises where it is not small."""
+    error = relative_error(got.reshape(-1, got.shape[-1])[: len(expected)], expected)
+    if not error < 1e-2:
+        raise RuntimeError(f"{name}: error {error} against fp64")
+    return error
+
+
+def step_dual_stream_attention(
+    lengths: Sequence[int] = (1024, 4096, 16384), device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """Two streams over L tokens with a mask, D = 64, 16 heads, bf16, own qkv and shared, beside one stream."""
+    import torch
+
+    import vggt_mv_ext
+    from vggt_mv_ext import alternating_attention, dual_stream_attention
+
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        pose, geo = (
+            torch.randn(1, 1, 1, length, 3, HEADS, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2)
+        )
+        mask = torch.rand(1, 1, 1, length, device=device)
+        weights = [torch.tensor(weight, device=device) for weight in (0.3, 0.2)]
+
+        def own(a: Any = (pose, geo, "frame", mask, *weights)) -> Any:
+            return dual_stream_attention(*a)
+
+        def shared(a: Any = (pose, None, "frame", mask, *weights)) -> Any:
+            return dual_stream_attention(*a)
+
+        def one(qkv: Any = pose) -> Any:
+            return alternating_attention(qkv, "frame")
+
+        with vggt_mv_ext.backend(device):
+            errors = []
+            for mode, second in ((own, geo), (shared, pose)):
+                for got, qkv, weight in zip(mode(), (pose, second), (-weights[0], weights[1]), strict=True):
+                    bias = (weight * mask)[0, 0, 0]
+                    expected = first_rows(qkv[0, 0, 0], qkv[0, 0, 0], bias)
+                    errors.append(check_rows(f"dual_stream_attention, L = {length}", got, expected))
+            times = {
+                name: measure(function, device=device)
+                for name, function in (("one", one), ("own", own), ("shared", shared))
+            }
+        medians = {name: timing["median_ms"] for name, timing in times.items()}
+        flops = 4 * length**2 * WIDTH * HEADS  # of one stream; a stream counts the same where q . k is shared
+        rates = {name: (1 if name == "one" else 2) * flops / median / 1e9 for name, median in medians.items()}
+        rows.append(
+            {"length": length, "errors": errors, **times}
+            | {"tflop_per_s": {name: float(f"{rate:.4g}") for name, rate in rates.items()}}
+            | {f"{name}_over_one": round(medians[name] / medians["one"], 3) for name in ("own", "shared")}
+        )
+    return rows
+
+
+MEMORY, LANDMARKS = 32, 64  # memory tokens of a scene; landmarks of a frame, beside its five special tokens
+
+
+def gathered_cases(qkv: Any, memory: Any) -> dict[str, tuple[Callable[[], Any], Any, Any, int]]:
+    """Of every sparse attention: a call, its queries and keys for the check, and how many keys each query has."""
+    import torch
+
+    from vggt_mv.models.sparse_global import dilated_neighbours
+    from vggt_mv_ext import block_dilated_attention, landmark_attention, memory_read, memory_write
+
+    _, times, views, tokens = qkv.shape[:4]
+    flat = qkv.flatten(1, 3)[0]
+    chosen = torch.randperm(tokens - 5)[:LANDMARKS].sort().values + 5
+    own = torch.cat([torch.arange(5), chosen]) + tokens * torch.arange(times * views)[:, None]
+    landmarks = own.reshape(1, -1).to(qkv.device)
+    neighbours = dilated_neighbours(times, views).to(qkv.device)
+    near = neighbours[0][neighbours[0] >= 0]
+    frame, first = qkv.flatten(1, 2)[0], flat[:tokens]
+    everything = torch.cat([memory[0], flat])
+    return {
+        "memory_write": (lambda: memory_write(qkv, memory), memory[0], everything, len(everything)),
+        "memory_read": (lambda: memory_read(qkv, memory), flat, memory[0], MEMORY),
+        "landmark": (lambda: landmark_attention(qkv, landmarks), flat, flat[landmarks[0]], landmarks.shape[1]),
+        "block_dilated": (
+            lambda: block_dilated_attention(qkv, neighbours),
+            first,
+            frame[near].flatten(0, 1),
+            tokens * int((neighbours >= 0).sum()) // len(neighbours),
+        ),
+    }
+
+
+def step_gathered_attention(frame_counts: Sequence[int] = (8, 32, 100), device: str = "cuda") -> list[dict[str, Any]]:
+    """The sparse attentions over frames of two views, bf16, beside dense attention and a copy of as many bytes.
+
+    A memory's write reads k and v of all tokens, its read q and writes the result: both beside a copy. Landmarks and
+    neighbour frames are beside dense attention by the rate of their FLOPs, as if it had as many keys.
+    """
+    import torch
+
+    import vggt_mv_ext
+
+    rows: list[dict[str, Any]] = []
+    for frames in frame_counts:
+        shape = (1, frames // 2, 2, TOKENS, 3, HEADS, WIDTH)
+        qkv = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        memory = torch.randn(1, MEMORY, 3, HEADS, WIDTH, device=device, dtype=torch.bfloat16)
+        tokens, moved = frames * TOKENS, 2 * qkv.nbytes // 3
+        row: dict[str, Any] = {"frames": frames, "tflop_per_s": {}, "gb_per_s": {}, "errors": {}}
+        with vggt_mv_ext.backend(device):
+            cases = gathered_cases(qkv, memory)
+            for name, (function, queries, keys, _) in cases.items():
+                row["errors"][name] = check_rows(f"{name}, {frames} frames", function(), first_rows(queries, keys))
+            row["copy"] = measure(copying(moved, device), device=device)
+            dense: Callable[[], Any] = lambda qkv=qkv: vggt_mv_ext.alternating_attention(qkv, "global")  # noqa: E731
+            row["dense"] = measure(dense, device=device)
+            for name, (function, *_) in cases.items():
+                row[name] = measure(function, device=device)
+        pairs = {name: keys * (MEMORY if name == "memory_write" else tokens) for name, (*_, keys) in cases.items()}
+        for name, count in ({"dense": tokens**2} | pairs).items():
+            rate = 4 * count * WIDTH * HEADS / row[name]["median_ms"] / 1e9
+            row["tflop_per_s"][name] = float(f"{rate:.4g}")
+        for name in ("copy", "memory_write", "memory_read"):
+            row["gb_per_s"][name] = round(moved / row[name]["median_ms"] / 1e6, 1)
+        rates = row["tflop_per_s"]
+        row |= {
+            f"{name}_of_dense_rate": round(rates[name] / rates["dense"], 3) for name in ("landmark", "block_dilated")
+        }
+        row |= {
+            f"{name}_of_copy": round(row["copy"]["median_ms"] / row[name]["median_ms"], 3)
+            for name in ("memory_write", "memory_read")
+        }
+        rows.append(row)
+    return rows

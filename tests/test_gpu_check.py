@@ -110,6 +110,21 @@ def test_a_nan_never_passes(gpu_check: ModuleType) -> None:
     assert relative_error(reference, reference) == 0.0
 
 
+def test_a_wrong_result_is_not_measured(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vggt_mv_ext
+
+    streams = vggt_mv_ext.dual_stream_attention
+    monkeypatch.setattr(vggt_mv_ext, "dual_stream_attention", lambda *given: streams(*given)[::-1])
+    with pytest.raises(RuntimeError, match="dual_stream_attention, L = 70: error .* against fp64"):
+        gpu_check.step_dual_stream_attention((70,), device="cpu")
+    monkeypatch.setattr(sys.modules["gpu_operators"], "TOKENS", 80)
+    monkeypatch.setattr(
+        vggt_mv_ext, "landmark_attention", lambda qkv, _: vggt_mv_ext.alternating_attention(qkv, "view")
+    )
+    with pytest.raises(RuntimeError, match="landmark, 2 frames: error .* against fp64"):
+        gpu_check.step_gathered_attention((2,), device="cpu")
+
+
 def test_the_measurements_themselves_run(
     gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,8 +149,15 @@ def test_the_measurements_themselves_run(
     assert all(row["tflop_per_s"]["ours"] > 0 for row in steps["alternating_attention"])
     assert steps["alternating_attention"][1]["over_no_bias"] > 0
     assert all(row["copy_inplace"]["median_ms"] > 0 for row in steps["qk_norm_rope"])
+    steps["dual_stream_attention"] = gpu_check.step_dual_stream_attention((70,), device="cpu")
+    assert all(row["own_over_one"] > 0 and row["shared_over_one"] > 0 for row in steps["dual_stream_attention"])
+    steps["gathered_attention"] = gpu_check.step_gathered_attention((2,), device="cpu")
+    (row,) = steps["gathered_attention"]
+    assert set(row["errors"]) == {"memory_write", "memory_read", "landmark", "block_dilated"}
+    assert all(row["tflop_per_s"][name] > 0 and row[name]["median_ms"] > 0 for name in row["errors"])
     entries = [{"name": name, "status": "ok", "seconds": 1.0, "result": rows} for name, rows in steps.items()]
     gpu_check.print_table({"ok": True, "steps": entries})
     table = capsys.readouterr().out
     expected = ("residual_scale_norm", "qk_norm_rope", "attention L     70 bias TFLOP/s", "eager / ours 1.00")
+    expected += ("dual stream L     70: own qkv", "sparse    2 frames: memory_write", "block_dilated")
     assert all(text in table for text in expected), table

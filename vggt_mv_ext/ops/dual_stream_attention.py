@@ -152,9 +152,11 @@ def _run_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both streams by one launch, which reads the lambdas where they are; arguments that were checked."""
     results = _fake(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale)
-    qkv_pose, qkv_geo = (None if qkv is None else _kernels.unit_width(qkv) for qkv in (qkv_pose, qkv_geo))
+    qkv_pose = _kernels.unit_width(qkv_pose)
+    qkv_geo = None if qkv_geo is None else _kernels.unit_width(qkv_geo)
     if backend == "cuda":
-        qkv_pose, qkv_geo = (None if qkv is None else _kernels.aligned_rows(qkv) for qkv in (qkv_pose, qkv_geo))
+        qkv_pose = _kernels.aligned_rows(qkv_pose)
+        qkv_geo = None if qkv_geo is None else _kernels.aligned_rows(qkv_geo)
     if mask is None:
         lambda_pose = lambda_geo = None
     else:
