@@ -86,7 +86,7 @@ VGGT_MV_INLINE void pack_row(const Bfloat16* row, int width, int64_t index, int6
     for (int v = 0; v < kTileVectors; ++v) {
       // Widened, the bits stand in the upper half.
       Vector values = load_zero_filled(row + column + v * kLanes, width - column - v * kLanes);
-      if (factor != 1.0f) values = rounded(values * factor, Bfloat16{});
+      if (factor != 1.0f) values = widen(narrow(values * factor, Bfloat16{}), Bfloat16{});
       const BitVector bits = bits_of(values);
       store(to + v * kLanes, index % 2 == 0 ? bits >> 16 : operand(to + v * kLanes) | bits);
     }
