@@ -184,6 +184,7 @@ def test_keeps_the_residual(why: str) -> None:
         ((1, 15, 16, 28, 28), F32, "15 to 16 channels are too few"),
         ((1, 16, 15, 28, 28), F32, "16 to 15 channels are too few"),
         ((1, 16, 16, 28, 24), F32, "42 tiles of 4 x 4 pixels are too few"),
+        ((1, 513, 256, 28, 28), F32, "513 to 256 channels are too many"),
     ],
 )
 @needs_extension

@@ -56,6 +56,26 @@ def mapped(tmp_path: Path) -> nn.Module:
 X = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(1))
 
 
+@needs_onednn
+def test_heads_are_packed_for_float32() -> None:
+    """They run without autocast: a bfloat16 copy would be of no use to them, and plain weights slow."""
+    whole = VGGT(
+        img_size=28,
+        embed_dim=64,
+        depth=1,
+        num_heads=4,
+        patch_embed="conv",
+        enable_point=False,
+        enable_depth=False,
+        enable_track=False,
+    )
+    optimize_for_inference(whole, BF16, release=False)
+    for part, packed, other in ((whole.camera_head, F32, BF16), (whole.aggregator, BF16, F32)):
+        weights = [module.weight for module in part.modules() if isinstance(module, Linear)]
+        assert weights and all(PACKED.find(weight, packed) is not None for weight in weights)
+        assert all(PACKED.find(weight, other) is None for weight in weights)
+
+
 @linux
 @needs_onednn
 @pytest.mark.parametrize("kind", ["in memory", "mapped"])

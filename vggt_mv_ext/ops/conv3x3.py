@@ -18,6 +18,8 @@ ACTIVATIONS = ("none", "relu")
 # Below these the transforms take longer than the multiplications that they save, and plain PyTorch is faster.
 MIN_CHANNELS = 16
 MIN_TILES = 48
+# Above, transformed weights, 144 bytes for a pair of channels, leave the caches, and are fresh memory in every call.
+MAX_CHANNEL_PAIRS = 1 << 17
 
 
 def conv3x3(
@@ -37,9 +39,10 @@ def conv3x3(
                                    + residual[n, o, i, j]),      activation = identity or max(., 0)
 
     In float32 a CPU computes it by Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, on maps of at least 48
-    tiles of 4 x 4 pixels and 16 channels. The sums are the same in another order: the relative error to float64 is
-    about 1e-6, that of the direct sum 2e-7 (see docs/kernels/conv3x3.md). Everything else is PyTorch's own
-    convolution: other devices, dtypes and sizes, and every call that is recorded for a backward pass.
+    tiles of 4 x 4 pixels, with 16 channels or more on either side and no more than 131072 pairs of them. The sums are
+    the same in another order: the relative error to float64 is about 1e-6, that of the direct sum 2e-7 (see
+    docs/kernels/conv3x3.md). Everything else is PyTorch's own convolution: other devices, dtypes and sizes, and every
+    call that is recorded for a backward pass.
 
     Args:
         x: `[N, C, h, w]`, any strides, best channels-last; float32, float16, bfloat16 or float64; h, w >= 1.
@@ -140,7 +143,9 @@ def _kernel_limits(x: Tensor, weight: Tensor | None = None, *others: Tensor | No
     tiles = images * (-(-height // 4)) * (-(-width // 4))
     if tiles < MIN_TILES:
         return f"{tiles} tiles of 4 x 4 pixels are too few, from {MIN_TILES} on it is worth transforming the weights"
-    if max(height, width, channels, outputs) > 2**31 - 1:
+    if channels * outputs > MAX_CHANNEL_PAIRS:
+        return f"{channels} to {outputs} channels are too many for transformed weights to stay in the caches"
+    if max(height, width) > 2**31 - 1:
         return f"sizes must fit into 31 bits, got {list(x.shape)}"
     return None
 

@@ -26,6 +26,9 @@ __all__ = ["VGGTBase"]
 class VGGTBase(PretrainedModel):
     """An `Aggregator` and the heads that read it."""
 
+    # Parts that run without autocast, in the dtype of their weights.
+    HEADS = ("camera_head", "depth_head", "point_head", "track_head")
+
     def __init__(
         self,
         img_size: int,

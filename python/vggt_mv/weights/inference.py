@@ -72,7 +72,8 @@ def optimize_for_inference(
     Args:
         model: its parameters on the CPU.
         dtype: what matrix products will run in: float32, or bfloat16 for predictions under autocast. By default that of
-            each weight. Predictions in another dtype make copies of their own.
+            each weight, which holds for a model's heads in any case: they run without autocast. Predictions in another
+            dtype make copies of their own.
         release: False packs only, so that the first prediction has no packing to do. Weights are released on Linux.
         folder: where temporary files go; by default ``/var/tmp``, since ``/tmp`` may be memory itself.
 
@@ -89,24 +90,32 @@ def optimize_for_inference(
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise WeightsError(f"optimize_for_inference: dtype must be one of {names}; got {dtype}")
     release = release and sys.platform.startswith("linux")
-    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Linear)}.values()
+    weights = _linear_weights(model)
+    heads = [head for name in getattr(model, "HEADS", ()) if (head := getattr(model, name)) is not None]
+    without_autocast = {key for head in heads for key in _linear_weights(head)}
     clean = pages.clean_file_views() if release else []
     packed = packed_bytes = released = 0
     left: Counter[str] = Counter()
-    for weight in weights:
-        reason = cannot_pack_linear_weight(weight, dtype)
+    for key, weight in weights.items():
+        products = None if key in without_autocast else dtype
+        reason = cannot_pack_linear_weight(weight, products)
         if reason is not None:
             left[reason] += 1
             continue
         if release and not _lies_in(weight, clean):
             weight.data = _on_disk(weight.detach(), folder)
-        packed_bytes += pack_linear_weight(weight, dtype, sample=not release)
+        packed_bytes += pack_linear_weight(weight, products, sample=not release)
         packed += 1
         if release:
             pages.drop(weight)
             pages.trim()
             released += weight.nbytes
     return InferenceReport(packed, packed_bytes, released, dict(left))
+
+
+def _linear_weights(model: nn.Module) -> dict[int, Tensor]:
+    """Every Linear's weight once, by its identity."""
+    return {id(module.weight): module.weight for module in model.modules() if isinstance(module, Linear)}
 
 
 def _lies_in(tensor: Tensor, ranges: Iterable[tuple[int, int]]) -> bool:
