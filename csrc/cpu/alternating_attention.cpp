@@ -21,12 +21,7 @@ Status forward(const AlternatingAttentionParams& p, int num_threads) {
 }  // namespace
 
 Status alternating_attention(const AlternatingAttentionParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::f32: return forward<float>(params, num_threads);
-    case DType::f16: return forward<Half>(params, num_threads);
-    case DType::bf16: return forward<Bfloat16>(params, num_threads);
-  }
-  return Status::unsupported_dtypes;
+  return for_dtype(params.dtype, [&](auto element) { return forward<decltype(element)>(params, num_threads); });
 }
 
 }  // namespace vggt_mv::VGGT_MV_ISA

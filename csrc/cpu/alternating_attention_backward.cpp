@@ -356,12 +356,7 @@ Status backward(const Params& p, int num_threads) {
 }  // namespace
 
 Status alternating_attention_backward(const AlternatingAttentionBackwardParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::f32: return backward<float>(params, num_threads);
-    case DType::f16: return backward<Half>(params, num_threads);
-    case DType::bf16: return backward<Bfloat16>(params, num_threads);
-  }
-  return Status::unsupported_dtypes;
+  return for_dtype(params.dtype, [&](auto element) { return backward<decltype(element)>(params, num_threads); });
 }
 
 }  // namespace vggt_mv::VGGT_MV_ISA

@@ -63,7 +63,6 @@ constexpr int kLeastKeys = 128;               // for wide heads, whose panels fi
 constexpr int kKeyElements = 16384;           // of a block of keys, where that leaves kLeastKeys
 constexpr int kScoreStride = kKeyBlock + 16;  // a power of two would put a strip's rows into the same cache sets
 constexpr int kRowsAhead = 16;                // of the row that is packed: fetched meanwhile
-constexpr int kLineBytes = 64;
 constexpr int kStripTiles = 4;
 constexpr int kStripRows = kStripTiles * kTileRows;
 // Elements of queries and of output that a group may hold: 96 KiB each, beside the packed keys and values in a
@@ -192,12 +191,6 @@ VGGT_MV_INLINE void pack_value(const Source& source, const ForwardPlan& plan, co
       s.weights[r * kKeyBlock + index] = weight;
     }
   }
-}
-
-// The next rows of a head lie other heads' rows apart, where a processor does not fetch ahead by itself.
-template <typename T>
-VGGT_MV_INLINE void prefetch_row(const T* row, int width) {
-  for (int d = 0; d < width; d += kLineBytes / static_cast<int>(sizeof(T))) __builtin_prefetch(row + d);
 }
 
 template <typename Source, typename Element>

@@ -144,14 +144,6 @@ VGGT_MV_INLINE void statistics_of_heads(const T* x, int64_t stride, int heads, W
   for (int i = 0; i < kHeadsTogether; i += kLanes) store(of.rstds + i, reciprocal_root(load(of.rstds + i) + eps));
 }
 
-// Between the queries and keys of one token and the next lie values, and mostly the end of a page, beyond which the
-// hardware does not look ahead.
-template <typename T>
-VGGT_MV_INLINE void fetch_head(const T* x, int width) {
-  constexpr int kCacheLine = 64 / sizeof(T);
-  for (int d = 0; d < width; d += kCacheLine) __builtin_prefetch(x + d);
-}
-
 // At most kHeadsTogether heads; `next` is how far the same heads of the next token are.
 template <typename T, typename Width>
 VGGT_MV_INLINE void forward_heads(const T* from, int64_t from_stride, T* to, int64_t to_stride, const float* weight,
@@ -169,7 +161,7 @@ VGGT_MV_INLINE void forward_heads(const T* from, int64_t from_stride, T* to, int
   statistics_of_heads(from, from_stride, heads, width, eps, statistics);
   for (int head = 0; head < heads; ++head) {
     const T* x = from + head * from_stride;
-    fetch_head(x + next, width);
+    prefetch_row(x + next, width);  // on another page, where the hardware's own look-ahead begins anew
     const Vector mean = broadcast(statistics.means[head]), rstd = broadcast(statistics.rstds[head]);
     rotate(
         [&](int d, auto lanes) VGGT_MV_INLINE_LAMBDA {
@@ -331,20 +323,14 @@ Status backward(const QkNormRopeBackwardParams& p, int num_threads) {
 
 // Calls run(T{}) with the storage type; norms are in float.
 template <typename Params, typename Run>
-Status for_dtype(const Params& p, Run run) {
-  if (p.norm_dtype != DType::f32) return Status::unsupported_dtypes;
-  switch (p.dtype) {
-    case DType::f32: return run(float{});
-    case DType::f16: return run(Half{});
-    case DType::bf16: return run(Bfloat16{});
-  }
-  return Status::unsupported_dtypes;
+Status with_float_norms(const Params& p, Run run) {
+  return p.norm_dtype == DType::f32 ? for_dtype(p.dtype, run) : Status::unsupported_dtypes;
 }
 
 }  // namespace
 
 Status qk_norm_rope(const QkNormRopeParams& params, int num_threads) {
-  return for_dtype(params, [&](auto element) {
+  return with_float_norms(params, [&](auto element) {
     using T = decltype(element);
     return params.width == 64 ? forward<T>(params, Fixed<64>{}, num_threads)
                               : forward<T>(params, params.width, num_threads);
@@ -352,7 +338,7 @@ Status qk_norm_rope(const QkNormRopeParams& params, int num_threads) {
 }
 
 Status qk_norm_rope_backward(const QkNormRopeBackwardParams& params, int num_threads) {
-  return for_dtype(params, [&](auto element) { return backward<decltype(element)>(params, num_threads); });
+  return with_float_norms(params, [&](auto element) { return backward<decltype(element)>(params, num_threads); });
 }
 
 }  // namespace vggt_mv::VGGT_MV_ISA

@@ -15,6 +15,7 @@
 #endif
 
 #include "core/dtype.h"
+#include "core/status.h"
 
 #if !defined(VGGT_MV_ISA)
 #error "csrc/cpu/vector.h is for files that are compiled once for each instruction set"
@@ -49,6 +50,24 @@ struct Bfloat16 {
 struct Bfloat16Pair {
   uint32_t bits;
 };
+
+// Calls run(T{}) with the storage type T of a dtype.
+template <typename Run>
+VGGT_MV_INLINE Status for_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f32: return run(float{});
+    case DType::f16: return run(Half{});
+    case DType::bf16: return run(Bfloat16{});
+  }
+  return Status::unsupported_dtypes;
+}
+
+// Asks for a row of `width` elements ahead of its use: where rows are far apart, a processor does not by itself.
+template <typename T>
+VGGT_MV_INLINE void prefetch_row(const T* row, int width) {
+  constexpr int kCacheLine = 64 / sizeof(T);
+  for (int d = 0; d < width; d += kCacheLine) __builtin_prefetch(row + d);
+}
 
 constexpr int features_in(float) { return 1; }
 constexpr int features_in(Bfloat16Pair) { return 2; }
