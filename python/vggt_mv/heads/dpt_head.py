@@ -86,7 +86,7 @@ _ROOM_BYTES = 32 << 20
 class _Room:
     """Memory for one large map at a time, kept from one chunk of frames to the next.
 
-    On a CPU fresh memory takes up to seven times as long as filling it by interpolation: the system hands it out, and
+    On a CPU fresh memory may take several times as long as filling it by interpolation: the system hands it out, and
     clears it, page by page.
     """
 
