@@ -36,12 +36,12 @@ constexpr int kBuffers = 4;
 Buffers place(float* memory, int width) { return {memory, memory + width, memory + 2 * width, memory + 3 * width}; }
 
 // Where a patch or special token stands.
-template <typename Params>
-void load_rotation(const Params& p, int token, const Buffers& buffers) {
+template <typename Params, typename Width>
+VGGT_MV_INLINE void load_rotation(const Params& p, Width width, int token, const Buffers& buffers) {
   const int patch = token - p.special;
   const int position[2] = {patch < 0 ? p.special_position : patch / p.grid_width + 1,
                            patch < 0 ? p.special_position : patch % p.grid_width + 1};
-  const int pairs = p.width / 4;
+  const int pairs = width / 4;
   for (int half = 0; half < 2; ++half) {
     const float* table = p.cos_sin + int64_t{position[half]} * pairs * 2;
     for (int j = 0; j < pairs; ++j) {
@@ -91,8 +91,10 @@ VGGT_MV_INLINE void rotate(Value value, To* to, Width width, float sign, const B
       const Vector sine = load(buffers.sines + half * pairs + j, lanes) * sign;
       const Vector a = value(first + j, lanes);
       const Vector b = value(first + pairs + j, lanes);
-      store(to + first + j, multiply_add(a, cosine, -(b * sine)), lanes);
-      store(to + first + pairs + j, multiply_add(b, cosine, a * sine), lanes);
+      const Vector turned_a = multiply_add(a, cosine, -(b * sine)), turned_b = multiply_add(b, cosine, a * sine);
+      if (pairs == kLanes) return store_two(to + first, turned_a, turned_b);
+      store(to + first + j, turned_a, lanes);
+      store(to + first + pairs + j, turned_b, lanes);
     });
   }
 }
@@ -123,8 +125,8 @@ VGGT_MV_INLINE void means_of_heads(const T* x, int64_t stride, int heads, Width 
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int head = first + i < heads ? first + i : heads - 1;
-      for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
-        sums[i] = term(sums[i], load(x + head * stride + d, lanes), head, lanes);
+      for_each_value(x + head * stride, width, [&](Vector value, auto lanes) VGGT_MV_INLINE_LAMBDA {
+        sums[i] = term(sums[i], value, head, lanes);
       });
     }
     store_four(means + first, totals_of_four(sums) / static_cast<float>(width));
@@ -180,7 +182,7 @@ void forward_token(const QkNormRopeParams& p, Width width, int64_t frame, int to
   const float* weights[2] = {static_cast<const float*>(p.q_weight), static_cast<const float*>(p.k_weight)};
   const float* biases[2] = {static_cast<const float*>(p.q_bias), static_cast<const float*>(p.k_bias)};
   const int64_t next = token + 1 < p.grid.tokens ? p.qkv_strides.tokens.token : 0;
-  load_rotation(p, token, buffers);
+  load_rotation(p, width, token, buffers);
   for (int part = 0; part < 2; ++part) {
     for (int head = 0; head < p.heads; head += kHeadsTogether) {
       const int heads = p.heads - head < kHeadsTogether ? p.heads - head : kHeadsTogether;
@@ -202,7 +204,7 @@ Status for_each_block(int blocks, int width, int threads, Body body) {
   bool failed = false;
 #pragma omp parallel num_threads(threads)
   {
-    float* memory = static_cast<float*>(malloc(kBuffers * sizeof(float) * width));
+    float* memory = static_cast<float*>(aligned_alloc(64, kBuffers * sizeof(float) * width));
     if (memory == nullptr) {
 #pragma omp atomic write
       failed = true;
@@ -277,7 +279,7 @@ void backward_token(const QkNormRopeBackwardParams& p, int block, int64_t frame,
   T* grad_x = static_cast<T*>(p.grad_qkv) + frame_offset(p.grid, p.grad_qkv_strides.tokens, frame) +
               token * p.grad_qkv_strides.tokens.token;
   const float* weights[2] = {static_cast<const float*>(p.q_weight), static_cast<const float*>(p.k_weight)};
-  load_rotation(p, token, buffers);
+  load_rotation(p, p.width, token, buffers);
   for (int part = 0; part < 2; ++part) {
     float* sums =
         p.partial_sums == nullptr ? nullptr : p.partial_sums + (int64_t{part} * p.blocks + block) * 2 * p.width;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -125,13 +126,15 @@ VGGT_MV_INLINE BitVector bfloat16_bits(Vector v) {
 }
 
 VGGT_MV_INLINE Vector widen(HalfBits stored, Bfloat16) { return from_bits(zero_extend(stored) << 16); }
+
+#if defined(__AVX512BF16__)
+// The lanes that the conversion to bfloat16 would take for zero.
+VGGT_MV_INLINE __mmask16 subnormal_lanes(Vector v) { return _mm512_fpclass_ps_mask((__m512)v, 0x20); }
+#endif
+
 VGGT_MV_INLINE HalfBits narrow(Vector v, Bfloat16) {
 #if defined(__AVX512BF16__)
-  // The instruction takes subnormal numbers for zero.
-  constexpr int kSubnormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {
-    return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
-  }
+  if (__builtin_expect(subnormal_lanes(v) == 0, 1)) return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
 #endif
   return truncate(bfloat16_bits(v) >> 16);
 }
@@ -237,6 +240,22 @@ VGGT_MV_INLINE void store(T* to, Vector v) {
   __builtin_memcpy(to, &stored, sizeof(stored));
 }
 
+// Two vectors that follow each other in memory: of bfloat16 together in fewer instructions than one by one.
+template <typename T>
+VGGT_MV_INLINE void store_two(T* to, Vector first, Vector second) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    if (__builtin_expect((subnormal_lanes(first) | subnormal_lanes(second)) == 0, 1)) {
+      const auto both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+      __builtin_memcpy(to, &both, sizeof(both));
+      return;
+    }
+  }
+#endif
+  store(to, first);
+  store(to + kLanes, second);
+}
+
 // How many lanes of a vector take part: all of them, or the first `count` at the end of a row. With `Some`, loads and
 // stores touch nothing beyond those, and the other lanes read as zero.
 struct All {};
@@ -296,6 +315,26 @@ VGGT_MV_INLINE void for_each_vector(int features, Body body) {
   }
   for (; features - offset >= kLanes; offset += kLanes) body(offset, 0, All{});
   if (offset < features) body(offset, 1, Some{features - offset});
+}
+
+// Calls body(values, lanes) for all elements of a row, a vector at a time in any order, as sums may be taken.
+template <typename T, typename Body>
+VGGT_MV_INLINE void for_each_value(const T* row, int width, Body body) {
+  for_each_vector(width, [&](int d, int, auto lanes) VGGT_MV_INLINE_LAMBDA { body(load(row + d, lanes), lanes); });
+}
+
+// The halves of 32 bits are widened by one instruction each, neighbours by two.
+template <typename Body>
+VGGT_MV_INLINE void for_each_value(const Bfloat16* row, int width, Body body) {
+  int d = 0;
+  for (; width - d >= 2 * kLanes; d += 2 * kLanes) {
+    BitVector pairs;
+    __builtin_memcpy(&pairs, row + d, sizeof(pairs));
+    body(from_bits(pairs << 16), All{});
+    body(from_bits(pairs & 0xffff0000u), All{});
+  }
+  for (; width - d >= kLanes; d += kLanes) body(load(row + d), All{});
+  if (d < width) body(load(row + d, Some{width - d}), Some{width - d});
 }
 
 VGGT_MV_INLINE float sum_of_lanes(Vector v) {

@@ -256,8 +256,10 @@ def _launch(backend: str, qkv: Tensor, out: Tensor, arguments: Sequence[Any]) ->
 
 def _norm_parameters(backend: str, norms: Sequence[Tensor | None]) -> tuple[list[Tensor | None], torch.dtype]:
     """The norms' parameters in one dtype: float32, or on CUDA the one that all of them have, which spares the casts."""
+    if backend == "cpu":
+        return [None if norm is None else norm.to(torch.float32).contiguous() for norm in norms], torch.float32
     dtypes = {norm.dtype for norm in norms if norm is not None}
-    dtype = dtypes.pop() if backend == "cuda" and len(dtypes) == 1 else torch.float32
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return [None if norm is None else _kernels.aligned_rows(norm.to(dtype).contiguous()) for norm in norms], dtype
 
 
