@@ -17,9 +17,9 @@ ACTIVATIONS = ("none", "relu")
 
 # Below these the transforms take longer than the multiplications that they save, and plain PyTorch is faster.
 MIN_CHANNELS = 16
-MIN_TILES = 48
-# Above, transformed weights, 144 bytes for a pair of channels, leave the caches, and are fresh memory in every call.
-MAX_CHANNEL_PAIRS = 1 << 17
+MIN_TILES = 16
+# Above, transformed weights, 144 bytes for a pair of channels, leave the caches; and they are memory that is kept.
+MAX_CHANNEL_PAIRS = 1 << 18
 
 
 def conv3x3(
@@ -38,8 +38,8 @@ def conv3x3(
         y[n, o, i, j] = activation(sum_{c, a, b} weight[o, c, a, b] x[n, c, i + a - 1, j + b - 1] + bias[o]
                                    + residual[n, o, i, j]),      activation = identity or max(., 0)
 
-    In float32 a CPU computes it by Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, on maps of at least 48
-    tiles of 4 x 4 pixels, with 16 channels or more on either side and no more than 131072 pairs of them. The sums are
+    In float32 a CPU computes it by Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, on maps of at least 16
+    tiles of 4 x 4 pixels, with 16 channels or more on either side and no more than 262144 pairs of them. The sums are
     the same in another order: the relative error to float64 is about 1e-6, that of the direct sum 2e-7 (see
     docs/kernels/conv3x3.md). Everything else is PyTorch's own convolution: other devices, dtypes and sizes, and every
     call that is recorded for a backward pass.
