@@ -63,8 +63,22 @@ def plain_pytorch() -> Iterator[None]:
         return reference.residual_scale_norm(*arguments)
 
     def convolution(
-        x: Any, weight: Any, bias: Any, residual: Any, activation: str = "none", overwrite_residual: bool = False
+        x: Any,
+        weight: Any,
+        bias: Any,
+        residual: Any,
+        activation: str = "none",
+        *,
+        size: Any = None,
+        offsets: Any = None,
+        overwrite_residual: bool = False,
     ) -> Any:
+        if size is not None and tuple(size) != tuple(x.shape[-2:]):
+            x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+        if offsets is not None:
+            half = x.shape[1] // 2  # each of them is zero in the other half
+            x[:, half:].add_(offsets[0].mT[half:].unsqueeze(2))
+            x[:, :half].add_(offsets[1].mT[:half].unsqueeze(1))
         y = F.conv2d(x, weight, bias, padding=1)
         y = y if residual is None else y.add_(residual)
         return y.relu_() if activation == "relu" else y

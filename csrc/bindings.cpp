@@ -262,14 +262,19 @@ QkNormRopeBackwardParams rope_backward_params(Address grad_out, Address qkv, Add
           .norm_dtype = static_cast<DType>(norm_dtype)};
 }
 
-Conv3x3Params conv_params(Address x, Address weight, Address bias, Address residual, Address out, int64_t batch,
-                          int height, int width, int in_channels, int out_channels, bool relu) {
+Conv3x3Params conv_params(Address x, Address weight, Address bias, Address residual, Address row_offsets,
+                          Address column_offsets, Address out, int64_t batch, int in_height, int in_width, int height,
+                          int width, int in_channels, int out_channels, bool relu) {
   return {.x = pointer<const float>(x),
           .weight = pointer<const float>(weight),
           .bias = pointer<const float>(bias),
           .residual = pointer<const float>(residual),
+          .row_offsets = pointer<const float>(row_offsets),
+          .column_offsets = pointer<const float>(column_offsets),
           .out = pointer<float>(out),
           .batch = batch,
+          .in_height = in_height,
+          .in_width = in_width,
           .height = height,
           .width = width,
           .in_channels = in_channels,

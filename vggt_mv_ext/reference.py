@@ -7,6 +7,8 @@ floating-point dtype (attention a second time with PyTorch's unfused kernel alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -262,9 +264,25 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    size: Sequence[int] | None = None,
+    row_offsets: Tensor | None = None,
+    column_offsets: Tensor | None = None,
 ) -> Tensor:
-    """`activation(conv2d(x, weight, bias, padding=1) + residual)`; activation "none" is the identity."""
+    """`activation(conv2d(map, weight, bias, padding=1) + residual)`; activation "none" is the identity.
+
+    The map is x, resized where there is a size, plus `row_offsets [H, C]` and `column_offsets [W, C]`.
+    """
+    if size is not None and tuple(size) != x.shape[-2:]:
+        x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+    if row_offsets is not None:
+        x = x + row_offsets.mT.unsqueeze(2)
+    if column_offsets is not None:
+        x = x + column_offsets.mT.unsqueeze(1)
     y = F.conv2d(x, weight, bias, padding=1)
     if residual is not None:
         y = y + residual

@@ -139,27 +139,16 @@ Tile tile_at(const Plan& plan, int64_t index) {
           static_cast<int>(index % plan.tile_columns) * kOut};
 }
 
-// B^T d B of a tile: channels of place i at to + i * in_place.
-void read_tile(const Conv3x3Params& p, const Plan& plan, const Tile& tile, const float* zeros, float* to) {
-  const float* pixels[kSide][kSide];
-  for (int i = 0; i < kSide; ++i) {
-    for (int j = 0; j < kSide; ++j) {
-      const int row = tile.row + i - 1, column = tile.column + j - 1;
-      const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
-      pixels[i][j] = inside ? p.x + ((tile.image * p.height + row) * p.width + column) * int64_t{p.in_channels} : zeros;
-    }
-  }
+// B^T d B of a tile, d(i, j, c, lanes) being its pixels: channels of place i at to + i * in_place.
+template <typename Pixel>
+VGGT_MV_INLINE void transform_tile(const Conv3x3Params& p, const Plan& plan, float* to, Pixel d) {
   for_each_vector(p.in_channels, [&](int c, int, auto lanes) VGGT_MV_INLINE_LAMBDA {
     Vector columns[kSide][kSide];
 #pragma GCC unroll 6
     for (int j = 0; j < kSide; ++j) {
       Vector column[kSide];
 #pragma GCC unroll 6
-      for (int i = 0; i < kSide; ++i) {
-        column[i] = load(pixels[i][j] + c, lanes);
-        // Beyond the image nothing is read: a prefetch cannot fail.
-        if (j >= kSide - kOut) __builtin_prefetch(pixels[i][j] + int64_t{kOut} * p.in_channels + c);
-      }
+      for (int i = 0; i < kSide; ++i) column[i] = d(i, j, c, lanes);
       transform_input(column, columns[j]);
     }
 #pragma GCC unroll 6
@@ -171,6 +160,70 @@ void read_tile(const Conv3x3Params& p, const Plan& plan, const Tile& tile, const
 #pragma GCC unroll 6
       for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * plan.in_place + c, result[j]);
     }
+  });
+}
+
+void read_tile(const Conv3x3Params& p, const Plan& plan, const Tile& tile, const float* zeros, float* to) {
+  const float* pixels[kSide][kSide];
+  for (int i = 0; i < kSide; ++i) {
+    for (int j = 0; j < kSide; ++j) {
+      const int row = tile.row + i - 1, column = tile.column + j - 1;
+      const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
+      pixels[i][j] = inside ? p.x + ((tile.image * p.height + row) * p.width + column) * int64_t{p.in_channels} : zeros;
+    }
+  }
+  transform_tile(p, plan, to, [&](int i, int j, int c, auto lanes) VGGT_MV_INLINE_LAMBDA {
+    // Beyond the image nothing is read: a prefetch cannot fail.
+    if (j >= kSide - kOut) __builtin_prefetch(pixels[i][j] + int64_t{kOut} * p.in_channels + c);
+    return load(pixels[i][j] + c, lanes);
+  });
+}
+
+// A row or column of the resized map: what it is made of, or zeros around the image. The position is a fraction of
+// integers, so that nothing of it is rounded but the two factors.
+struct Between {
+  int64_t lower, upper;
+  float of_lower, of_upper;
+  const float* offset;
+};
+
+Between between(int index, int size, int in_size, const float* offsets, int channels, const float* zeros) {
+  if (index < 0 || index >= size) return {0, 0, 0.0f, 0.0f, zeros};
+  const int64_t steps = size > 1 ? size - 1 : 1, at = int64_t{index} * (in_size - 1);
+  const int64_t lower = size > 1 ? at / steps : 0, rest = size > 1 ? at % steps : 0;
+  const float whole = static_cast<float>(steps);
+  return {lower, lower + 1 < in_size ? lower + 1 : lower, static_cast<float>(steps - rest) / whole,
+          static_cast<float>(rest) / whole, offsets == nullptr ? zeros : offsets + int64_t{index} * channels};
+}
+
+template <bool kOffsets>
+void read_resized_tile(const Conv3x3Params& p, const Plan& plan, const Tile& tile, const float* zeros, float* to) {
+  const float* lines[kSide][2];
+  Between rows[kSide], columns[kSide];
+  const int channels = p.in_channels;
+  for (int i = 0; i < kSide; ++i) {
+    rows[i] = between(tile.row + i - 1, p.height, p.in_height, p.row_offsets, channels, zeros);
+    columns[i] = between(tile.column + i - 1, p.width, p.in_width, p.column_offsets, channels, zeros);
+    columns[i].lower *= channels;
+    columns[i].upper *= channels;
+    lines[i][0] = p.x + (tile.image * p.in_height + rows[i].lower) * p.in_width * channels;
+    lines[i][1] = p.x + (tile.image * p.in_height + rows[i].upper) * p.in_width * channels;
+  }
+  const int64_t next = (int64_t{kOut} * p.in_width / p.width + 1) * channels;
+  transform_tile(p, plan, to, [&](int i, int j, int c, auto lanes) VGGT_MV_INLINE_LAMBDA {
+    const Between &row = rows[i], &column = columns[j];
+    if (j >= kSide - kOut) __builtin_prefetch(lines[i][1] + column.upper + next + c);
+    Vector on_line[2];
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      Vector start = load(lines[i][k] + column.lower + c, lanes) * column.of_lower;
+      if (kOffsets) start += load(column.offset + c, lanes);
+      on_line[k] = multiply_add(load(lines[i][k] + column.upper + c, lanes), broadcast(column.of_upper), start);
+    }
+    Vector value = on_line[0] * row.of_lower;
+    if (kOffsets)
+      value = multiply_add(load(row.offset + c, lanes), broadcast(column.of_lower + column.of_upper), value);
+    return multiply_add(on_line[1], broadcast(row.of_upper), value);
   });
 }
 
@@ -245,7 +298,11 @@ void run_block(const Conv3x3Params& p, const Plan& plan, int64_t block, const fl
   float* tiles = memory;
   float* products = tiles + kPlaces * plan.in_place;
   const float* zeros = memory + plan.block_floats - plan.in_stride;
-  for (int i = 0; i < count; ++i) read_tile(p, plan, tile_at(plan, first + i), zeros, tiles + i * plan.in_stride);
+  const bool offsets = p.row_offsets != nullptr || p.column_offsets != nullptr;
+  const auto read = offsets                                            ? read_resized_tile<true>
+                    : p.in_height != p.height || p.in_width != p.width ? read_resized_tile<false>
+                                                                       : read_tile;
+  for (int i = 0; i < count; ++i) read(p, plan, tile_at(plan, first + i), zeros, tiles + i * plan.in_stride);
   // Rows beyond the last tile hold what was there before; their products are never read.
   multiply(p, plan, weights, tiles, static_cast<int>(round_up(count, kTileRows)), products);
   for (int i = 0; i < count; ++i) write_tile(p, plan, tile_at(plan, first + i), products + i * plan.out_stride);

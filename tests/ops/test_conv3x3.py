@@ -37,10 +37,17 @@ def inputs(
 
 
 def exact(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    size: tuple[int, int] | None = None,
+    offsets: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    wide = (None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual))
-    return reference.conv3x3(*wide, activation)  # type: ignore[arg-type]
+    given = (x, weight, bias, residual, *(offsets or (None, None)))
+    wide = [None if tensor is None else tensor.double() for tensor in given]
+    return reference.conv3x3(*wide[:4], activation, size, *wide[4:])  # type: ignore[arg-type]
 
 
 def runs_on(*tensors: Tensor) -> str | None:
@@ -91,6 +98,41 @@ def test_error(isa: str, offset: float) -> None:
     got = conv3x3(x.relu() + offset, weight)
     assert runs_on(x, weight) == "cpu"
     assert relative_error(got, exact(x.relu() + offset, weight)) < 1.6e-6
+
+
+RESIZED = {
+    "to 1 pixel": ((4, 5), (1, 1)),
+    "from 1 pixel": ((1, 1), (6, 7)),
+    "a row": ((1, 9), (1, 30)),
+    "up": ((9, 12), (37, 30)),
+    "far up": ((2, 3), (33, 41)),
+    "down": ((40, 33), (7, 10)),
+    "up and down": ((5, 40), (40, 5)),
+    "the same": ((9, 10), (9, 10)),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("with_offsets", [False, True], ids=["alone", "offsets"])
+@pytest.mark.parametrize("channels", [19, 64])
+@pytest.mark.parametrize(("source", "size"), RESIZED.values(), ids=RESIZED.keys())
+@pytest.mark.usefixtures("poisoned", "any_size")
+def test_resized(isa: str, source: tuple[int, int], size: tuple[int, int], channels: int, with_offsets: bool) -> None:
+    x, weight, bias, _ = inputs(2, channels, 24, *source)
+    residual = channels_last(torch.randn(2, 24, *size))
+    offsets = (torch.randn(size[0], channels), torch.randn(size[1], channels)) if with_offsets else None
+    got = conv3x3(x, weight, bias, residual, "relu", size=size, offsets=offsets)
+    assert runs_on(x, weight) == "cpu"
+    assert_accurate("y", got, exact(x, weight, bias, residual, "relu", size, offsets), F32)
+
+
+@needs_extension
+def test_resized_in_two_steps() -> None:
+    """The same as PyTorch's resizing and then the same kernel, also where the sizes are those of a DPT head."""
+    x, weight, _, _ = inputs(1, 32, 16, 74, 42)
+    resized = channels_last(F.interpolate(x.double(), (130, 75), mode="bilinear", align_corners=True).float())
+    got, expected = conv3x3(x, weight, size=(130, 75)), conv3x3(resized, weight)
+    assert relative_error(got, expected.double()) < 1e-6
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -232,11 +274,27 @@ def test_gradients(activation: str) -> None:
     tensors = tuple(tensor.requires_grad_() for tensor in given)
 
     def registered(*tensors: Tensor) -> Any:
-        return torch.ops.vggt_mv.conv3x3(*tensors, activation)
+        return torch.ops.vggt_mv.conv3x3(*tensors, activation, None, None, None)
 
     assert torch.autograd.gradcheck(lambda *t: conv3x3(*t, activation), tensors)
     assert torch.autograd.gradcheck(registered, tensors)
     assert torch.autograd.gradgradcheck(registered, tensors)
+
+
+def test_gradients_of_what_is_resized() -> None:
+    x, weight, _, _ = inputs(1, 3, 2, 4, 5, F64)
+    given = (x, weight, torch.randn(6, 3, dtype=F64), torch.randn(4, 3, dtype=F64))
+    tensors = tuple(tensor.requires_grad_() for tensor in given)
+
+    def registered(x: Tensor, weight: Tensor, *offsets: Tensor) -> Any:
+        return torch.ops.vggt_mv.conv3x3(x, weight, None, None, "none", (6, 4), *offsets)
+
+    def public(x: Tensor, weight: Tensor, *offsets: Tensor) -> Tensor:
+        return conv3x3(x, weight, size=(6, 4), offsets=offsets)  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(public, tensors)
+    assert torch.autograd.gradcheck(registered, tensors)
+    assert torch.equal(registered(*tensors), public(*tensors))
 
 
 def test_gradients_in_float32_are_pytorchs() -> None:
@@ -254,10 +312,18 @@ def test_opcheck(gradients: bool, rest: bool) -> None:
     x, weight, bias, residual = (tensor.requires_grad_(gradients) for tensor in inputs(1, 16, 16, 28, 28))
     others = (bias, residual) if rest else (None, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.vggt_mv.conv3x3.default, (x, weight, *others, "relu"), test_utils=tests)
+    arguments = (x, weight, *others, "relu", None, None, None)
+    torch.library.opcheck(torch.ops.vggt_mv.conv3x3.default, arguments, test_utils=tests)
     if rest and not gradients:
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(torch.ops.vggt_mv.conv3x3_.default, (x, weight, bias, residual, "relu"), test_utils=tests)
+
+
+def test_opcheck_of_what_is_resized() -> None:
+    x, weight, bias, _ = inputs(1, 16, 16, 28, 28)
+    arguments = (x, weight, bias, None, "none", (40, 35), torch.randn(40, 16), torch.randn(35, 16))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.vggt_mv.conv3x3.default, arguments, test_utils=tests)
 
 
 @needs_extension
@@ -278,7 +344,9 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=BF16):
         plain = F.conv2d(x, weight, bias, padding=1) + residual
         assert torch.equal(conv3x3(x, weight, bias, residual), plain)
-        direct = torch.ops.vggt_mv.conv3x3(x, weight, bias, None, "none")
+        sized = F.conv2d(F.interpolate(x, (31, 40), mode="bilinear", align_corners=True), weight, padding=1)
+        assert torch.equal(conv3x3(x, weight, size=(31, 40)), sized)
+        direct = torch.ops.vggt_mv.conv3x3(x, weight, bias, None, "none", None, None, None)
     assert direct.dtype == BF16
 
 
@@ -316,3 +384,24 @@ X, WEIGHT, BIAS, RESIDUAL = inputs(1, 4, 6, 5, 5)
 def test_bad_input(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"conv3x3: .*{message}"):
         vggt_mv_ext.conv3x3(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"size": (5,)}, ValueError, r"size must be \(H, W\) with H, W >= 1, got \(5,\)"),
+        ({"size": (5, 0)}, ValueError, r"got \(5, 0\)"),
+        ({"size": (7, 8), "residual": RESIDUAL}, ValueError, r"residual must have shape .* = \[1, 6, 7, 8\]"),
+        ({"offsets": torch.zeros(5, 4)}, TypeError, r"offsets must be a pair \(rows, columns\)"),
+        (
+            {"offsets": (torch.zeros(5, 4), torch.zeros(5, 3))},
+            ValueError,
+            r"offsets of columns must have shape \[W, C\]",
+        ),
+        ({"offsets": (torch.zeros(4, 5), torch.zeros(5, 4))}, ValueError, r"offsets of rows must have shape \[H, C\]"),
+        ({"offsets": (torch.zeros(5, 4).half(), torch.zeros(5, 4))}, TypeError, "must have the dtype of x"),
+    ],
+)
+def test_bad_size_and_offsets(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"conv3x3: .*{message}"):
+        vggt_mv_ext.conv3x3(X, WEIGHT, **keywords)

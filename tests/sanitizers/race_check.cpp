@@ -258,7 +258,7 @@ void check_conv3x3() {
   p.weight = weight.data();
   p.bias = weight.data();
   p.batch = 2;
-  p.height = p.width = kSide;
+  p.in_height = p.in_width = p.height = p.width = kSide;
   p.in_channels = kIn;
   p.out_channels = kMaps;
   p.relu = true;
@@ -271,6 +271,13 @@ void check_conv3x3() {
             return cpu_kernels().conv3x3(p, threads);
           });
   }
+  p.in_height = p.in_width = kSide / 2;
+  p.row_offsets = p.column_offsets = residual.data();
+  p.residual = nullptr;
+  check("conv3x3, resized", {kPixels * kMaps}, [&](std::vector<Floats>& results, int threads) {
+    p.out = results[0].data();
+    return cpu_kernels().conv3x3(p, threads);
+  });
 }
 
 }  // namespace

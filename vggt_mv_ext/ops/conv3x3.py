@@ -1,7 +1,8 @@
-"""A 3 x 3 convolution with what follows it in a dense head, bias, residual and ReLU, in one pass."""
+"""A 3 x 3 convolution with what stands around it in a dense head, in one pass: resizing, bias, residual, ReLU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,14 +30,20 @@ def conv3x3(
     residual: Tensor | None = None,
     activation: str = "none",
     *,
+    size: Sequence[int] | None = None,
+    offsets: tuple[Tensor, Tensor] | None = None,
     overwrite_residual: bool = False,
 ) -> Tensor:
     r"""A 3 x 3 convolution with stride 1 that keeps the size of the map, faster on CPUs in inference.
 
-    Formula, with zeros around the image::
+    Formula, with zeros around the map m::
 
-        y[n, o, i, j] = activation(sum_{c, a, b} weight[o, c, a, b] x[n, c, i + a - 1, j + b - 1] + bias[o]
+        m[n, c, i, j] = resize(x, (H, W))[n, c, i, j] + rows[i, c] + columns[j, c]
+        y[n, o, i, j] = activation(sum_{c, a, b} weight[o, c, a, b] m[n, c, i + a - 1, j + b - 1] + bias[o]
                                    + residual[n, o, i, j]),      activation = identity or max(., 0)
+
+    where resize is bilinear interpolation with corners aligned: row i of H lies at i (h - 1) / (H - 1) in x. The
+    kernel makes m tile by tile, so that a large map is never in memory.
 
     In float32 a CPU computes it by Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, on maps of at least 16
     tiles of 4 x 4 pixels, with 16 channels or more on either side and no more than 262144 pairs of them. The sums are
@@ -48,13 +55,15 @@ def conv3x3(
         x: `[N, C, h, w]`, any strides, best channels-last; float32, float16, bfloat16 or float64; h, w >= 1.
         weight: `[O, C, 3, 3]`, dtype of x.
         bias: `[O]`, dtype of x, or None.
-        residual: `[N, O, h, w]`, dtype of x, or None.
+        residual: `[N, O, H, W]`, dtype of x, or None.
         activation: `"none"` or `"relu"`.
+        size: (H, W), at least 1 each; None: the size of x.
+        offsets: `(rows [H, C], columns [W, C])`, dtype of x, to be added to the map; None: zero.
         overwrite_residual: the result may take `residual`'s memory, so that it must not be used again. It does where
             the CPU kernel runs on a channels-last residual and nothing is being compiled; otherwise nothing changes.
 
     Returns:
-        `[N, O, h, w]` in x's dtype; in memory channels-last, or as `F.conv2d` has it where a call is recorded. Under
+        `[N, O, H, W]` in x's dtype; in memory channels-last, or as `F.conv2d` has it where a call is recorded. Under
         autocast what `F.conv2d` and `+` give.
 
     Raises:
@@ -71,15 +80,28 @@ def conv3x3(
         >>> x = torch.arange(4.0).view(1, 1, 2, 2)
         >>> conv3x3(x, torch.ones(1, 1, 3, 3), residual=-2 * x, activation="relu").flatten().tolist()
         [6.0, 4.0, 2.0, 0.0]
+        >>> conv3x3(x, torch.ones(1, 1, 3, 3), size=(1, 3)).flatten().tolist()  # of 0, 0.5, 1
+        [0.5, 1.5, 1.5]
     """
-    _check(x, weight, bias, residual, activation, any_dtypes=_common.autocast_may_cast(x))
-    if _common.autocast_may_cast(x) or _common.is_plain(x, weight, bias, residual):
-        return reference.conv3x3(x, weight, bias, residual, activation)
-    if residual is not None and overwrite_residual and _may_overwrite(x, weight, bias, residual):
+    rows, columns = _offsets(offsets)
+    arguments = (x, weight, bias, residual, activation, size, rows, columns)
+    _check(*arguments, any_dtypes=_common.autocast_may_cast(x))
+    if _common.autocast_may_cast(x) or _common.is_plain(x, weight, bias, residual, rows, columns):
+        return reference.conv3x3(*arguments)
+    alone = size is None and offsets is None
+    if overwrite_residual and residual is not None and alone and _may_overwrite(x, weight, bias, residual):
         torch.ops.vggt_mv.conv3x3_(x, weight, bias, residual, activation)
         return residual
-    result: Tensor = torch.ops.vggt_mv.conv3x3(x, weight, bias, residual, activation)
+    result: Tensor = torch.ops.vggt_mv.conv3x3(*arguments)
     return result
+
+
+def _offsets(offsets: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if offsets is None:
+        return None, None
+    if not isinstance(offsets, (tuple, list)) or len(offsets) != 2:
+        raise TypeError(f"{NAME}: offsets must be a pair (rows, columns) or None, got {type(offsets).__name__}")
+    return offsets[0], offsets[1]
 
 
 def _may_overwrite(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
@@ -101,6 +123,9 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    size: Sequence[int] | None = None,
+    row_offsets: Tensor | None = None,
+    column_offsets: Tensor | None = None,
     *,
     any_dtypes: bool = False,
 ) -> None:
@@ -108,25 +133,36 @@ def _check(
     _common.check_tensor(NAME, "weight", weight)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{NAME}: x must have shape [N, C, h, w] with C, h, w >= 1, got {list(x.shape)}")
-    _common.check_shape(NAME, "weight", weight, (*weight.shape[:1], x.shape[1], 3, 3), "[O, C, 3, 3]")
+    channels = x.shape[1]
+    _common.check_shape(NAME, "weight", weight, (*weight.shape[:1], channels, 3, 3), "[O, C, 3, 3]")
     if weight.shape[0] == 0:
         raise ValueError(f"{NAME}: weight must have shape [O, C, 3, 3] with O >= 1, got {list(weight.shape)}")
-    others = {"weight": weight}
-    if bias is not None:
-        _common.check_tensor(NAME, "bias", bias)
-        _common.check_shape(NAME, "bias", bias, weight.shape[:1], "[O]")
-        others["bias"] = bias
-    if residual is not None:
-        _common.check_tensor(NAME, "residual", residual)
-        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-        _common.check_shape(NAME, "residual", residual, shape, "[N, O, h, w]")
-        others["residual"] = residual
-    for name, tensor in others.items():
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"{NAME}: size must be (H, W) with H, W >= 1, got {tuple(size)}")
+    height, width = _size(x, size)
+    shapes = {
+        "weight": (weight, tuple(weight.shape), "[O, C, 3, 3]"),
+        "bias": (bias, (weight.shape[0],), "[O]"),
+        "residual": (residual, (x.shape[0], weight.shape[0], height, width), "[N, O, H, W]"),
+        "offsets of rows": (row_offsets, (height, channels), "[H, C]"),
+        "offsets of columns": (column_offsets, (width, channels), "[W, C]"),
+    }
+    for name, (tensor, shape, rule) in shapes.items():
+        if tensor is None:
+            continue
+        _common.check_tensor(NAME, name, tensor)
+        _common.check_shape(NAME, name, tensor, shape, rule)
         _common.check_device(NAME, name, tensor, "x", x)
         if not any_dtypes:
             _common.check_same_dtype(NAME, name, tensor, "x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+
+
+def _size(x: Tensor, size: Sequence[int] | None) -> tuple[int, int]:
+    """Of the map that is convolved."""
+    height, width = x.shape[-2:] if size is None else size
+    return height, width
 
 
 def _kernel_limits(x: Tensor, weight: Tensor | None = None, *others: Tensor | None) -> str | None:
@@ -153,12 +189,23 @@ def _kernel_limits(x: Tensor, weight: Tensor | None = None, *others: Tensor | No
 OPERATOR = Operator(NAME, {"cpu": _kernel_limits}, falls_back=True)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-    _check(x, weight, bias, residual, activation)
-    if choose(OPERATOR, x, weight, bias, residual) == "reference":
-        return _channels_last(reference.conv3x3(x, weight, bias, residual, activation))
-    out = _fake(x, weight, bias, residual, activation)
-    _launch(x, weight, bias, None if residual is None else _channels_last(residual), activation, out)
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    size: Sequence[int] | None,
+    row_offsets: Tensor | None,
+    column_offsets: Tensor | None,
+) -> Tensor:
+    arguments = (x, weight, bias, residual, activation, size, row_offsets, column_offsets)
+    _check(*arguments)
+    if choose(OPERATOR, x, weight, bias, residual, row_offsets, column_offsets) == "reference":
+        return _channels_last(reference.conv3x3(*arguments))
+    out = _fake(*arguments)
+    residual = None if residual is None else _channels_last(residual)
+    _launch(x, weight, bias, residual, activation, out, row_offsets, column_offsets)
     return out
 
 
@@ -166,35 +213,48 @@ def _run_inplace(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     _check(x, weight, bias, residual, activation)
     memory = torch.channels_last
     if choose(OPERATOR, x, weight, bias) != "cpu" or not residual.is_contiguous(memory_format=memory):
-        residual.copy_(_run(x, weight, bias, residual, activation))
+        residual.copy_(_run(x, weight, bias, residual, activation, None, None, None))
     else:
         _launch(x, weight, bias, residual, activation, residual)
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+    row_offsets: Tensor | None = None,
+    column_offsets: Tensor | None = None,
 ) -> None:
-    """Sums up in `out`, which may be `residual`; both are channels-last."""
+    """Sums up in `out`, which may be `residual`; both are channels-last. The size of the map is that of `out`."""
     x = _channels_last(x)
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    images, channels, height, width = x.shape
-    tensors = (x, weight, bias, residual, out)
+    others = [None if tensor is None else tensor.contiguous() for tensor in (bias, row_offsets, column_offsets)]
+    tensors = (x, weight.contiguous(), others[0], residual, *others[1:], out)
     assert extension is not None
     extension.conv3x3_cpu(
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        images,
-        height,
-        width,
-        channels,
-        weight.shape[0],
+        x.shape[0],
+        *x.shape[2:],
+        *out.shape[2:],
+        x.shape[1],
+        out.shape[1],
         activation == "relu",
         torch.get_num_threads(),
     )
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    size: Sequence[int] | None,
+    *_: Tensor | None,
+) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], *_size(x, size))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -202,32 +262,34 @@ def _fake_inplace(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     return None
 
 
-def _autocast(
-    device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> tuple[Any, ...]:
+def _autocast(device_type: str, *arguments: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device_type)
-    return *(_common.cast(tensor, dtype) for tensor in (x, weight, bias, residual)), activation
+    return tuple(_common.cast(value, dtype) if isinstance(value, Tensor) else value for value in arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, bias, residual, ctx.activation, ctx.size, *offsets = inputs
+    ctx.save_for_backward(x, weight, bias, residual, *offsets)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only who calls the registered operator itself comes here: the public function records plain PyTorch."""
+    wanted = ctx.needs_input_grad
     gradients = _common.recompute_gradients(
-        lambda x, weight, bias, residual: reference.conv3x3(x, weight, bias, residual, ctx.activation),
+        lambda x, weight, bias, residual, *offsets: reference.conv3x3(
+            x, weight, bias, residual, ctx.activation, ctx.size, *offsets
+        ),
         ctx.saved_tensors,
-        ctx.needs_input_grad[:4],
+        (*wanted[:4], *wanted[6:]),
         grad,
         create_graph=torch.is_grad_enabled(),
     )
-    return *gradients, None
+    return *gradients[:4], None, None, *gradients[4:]
 
 
 _common.define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> Tensor",
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, SymInt[]? size,"
+    " Tensor? row_offsets, Tensor? column_offsets) -> Tensor",
     _run,
     _fake,
     autocast=_autocast,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vggt_mv.errors import VggtMvError
 from vggt_mv.heads.head_act import activate_head, check_head_activations
 from vggt_mv.heads.inputs import image_size, patch_grid, select_output
-from vggt_mv.heads.utils import add_position_embedding
+from vggt_mv.heads.utils import add_position_embedding, position_offsets
 from vggt_mv.layers.conv import Conv3x3
 
 __all__ = ["DPTHead", "FeatureFusionBlock", "ResidualConvUnit"]
@@ -60,18 +60,19 @@ class FeatureFusionBlock(nn.Module):
         self.resConfUnit2 = ResidualConvUnit(features)
         self.has_skip = has_skip
 
-    def forward(
-        self, x: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None, room: _Room | None = None
-    ) -> Tensor:
-        """``[N, C, h, w]``, skip of the same shape -> ``[N, C, *size]``, perhaps in `room`; default: twice the size."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """``[N, C, h, w]``, skip of the same shape -> ``[N, C, *size]``; default: twice the size."""
+        return _resize(self.join(x, skip), size or _double(x))
+
+    def join(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The same before it is resized."""
         if self.has_skip:
             if skip is None:
                 raise VggtMvError("FeatureFusionBlock: skip must be a map, got None; only has_skip=False takes none")
             x = self.resConfUnit1(skip).add_(x)
-        x = self.resConfUnit2(x)
         # The 1x1 convolution and the interpolation commute (its weights sum to one), and before it there is a quarter
         # of the pixels to convolve.
-        return _resize(self.out_conv(x), size or (2 * x.shape[-2], 2 * x.shape[-1]), room)
+        return self.out_conv(self.resConfUnit2(x))
 
 
 # Memory that the maps of the frames at work may take, where one frame does not take more: one frame of 518 x 518, which
@@ -79,46 +80,14 @@ class FeatureFusionBlock(nn.Module):
 _MAP_BYTES = 320 << 20
 
 
-# Maps from this size on share a room: below, the C library keeps freed memory itself.
-_ROOM_BYTES = 32 << 20
-
-
-class _Room:
-    """Memory for one large map at a time, kept from one chunk of frames to the next.
-
-    On a CPU fresh memory may take several times as long as filling it by interpolation: the system hands it out, and
-    clears it, page by page.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def map(self, like: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """``[N, C, *size]`` for a resized `like`, channels-last, or None where it is to be a tensor of its own."""
-        images, channels = like.shape[:2]
-        count = images * channels * size[0] * size[1]
-        if (
-            like.device.type != "cpu"
-            or count * like.element_size() < _ROOM_BYTES
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not like.is_contiguous(memory_format=torch.channels_last)
-        ):
-            return None
-        if self._memory is None or self._memory.dtype != like.dtype or self._memory.numel() < count:
-            self._memory = None  # before there is a larger one
-            self._memory = like.new_empty(count)
-        return self._memory[:count].view(images, *size, channels).permute(0, 3, 1, 2)
-
-
-def _resize(x: Tensor, size: tuple[int, int], room: _Room | None = None) -> Tensor:
-    """Bilinear, corners aligned; in the memory of `room`, where there is one and the map is large."""
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[-2:]) == size:
         return x
-    out = None if room is None else room.map(x, size)
-    if out is not None:
-        return torch.ops.aten.upsample_bilinear2d.out(x, list(size), True, None, None, out=out)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def _double(x: Tensor) -> tuple[int, int]:
+    return 2 * x.shape[-2], 2 * x.shape[-1]
 
 
 def _empty_frames(like: Tensor, frames: int) -> Tensor:
@@ -151,13 +120,14 @@ class _Scratch(nn.Module):
                 nn.Conv2d(32, output_dim, kernel_size=1),
             )
 
-    def fuse(self, maps: list[Tensor], room: _Room) -> Tensor:
-        """Four maps, fine to coarse -> one of twice the finest size, perhaps in `room`. Empties the list as it goes."""
+    def fuse(self, maps: list[Tensor]) -> Tensor:
+        """Four maps, fine to coarse -> one of twice the finest size, convolved. Empties the list as it goes."""
         sizes = [(x.shape[-2], x.shape[-1]) for x in maps]
         x = self.refinenet4(self.layer4_rn(maps.pop()), size=sizes[2])
         x = self.refinenet3(x, self.layer3_rn(maps.pop()), size=sizes[1])
         x = self.refinenet2(x, self.layer2_rn(maps.pop()), size=sizes[0])
-        return self.refinenet1(x, self.layer1_rn(maps.pop()), room=room)
+        x = self.refinenet1.join(x, self.layer1_rn(maps.pop()))
+        return self.output_conv1(x, size=_double(x))
 
 
 class DPTHead(nn.Module):
@@ -285,7 +255,6 @@ class DPTHead(nn.Module):
                 )
             outputs.append(tokens.flatten(0, 1))
 
-        room = _Room()
         total = batch * frames
         step = total
         if frames_chunk_size is not None:
@@ -294,7 +263,7 @@ class DPTHead(nn.Module):
         chunks: list[tuple[Tensor, ...]] = []
         for start in range(0, total, max(step, 1)):
             part = [tokens[start : start + step, patch_start_idx:] for tokens in outputs]
-            chunk = self._predict(part, (rows, columns), (height, width), room)
+            chunk = self._predict(part, (rows, columns), (height, width))
             if torch.is_grad_enabled() or step == total:
                 chunks.append(chunk)
                 continue
@@ -315,7 +284,7 @@ class DPTHead(nn.Module):
         return self.norm.weight.element_size() * (fused * (first + last) + result * last)
 
     def _predict(
-        self, outputs: list[Tensor], grid: tuple[int, int], size: tuple[int, int], room: _Room
+        self, outputs: list[Tensor], grid: tuple[int, int], size: tuple[int, int]
     ) -> tuple[Tensor] | tuple[Tensor, Tensor]:
         """Patch tokens ``[n, rows * columns, dim_in]`` of four outputs -> maps of n frames."""
         aspect_ratio = size[1] / size[0]
@@ -327,12 +296,12 @@ class DPTHead(nn.Module):
             if self.pos_embed:
                 x = add_position_embedding(x, aspect_ratio)
             maps.append(resize(x))
-        x = self.scratch.output_conv1(self.scratch.fuse(maps, room))
-        # The room is free again: what was in it has been convolved. What is returned must not lie there.
-        x = _resize(x, (size[0] // self.down_ratio, size[1] // self.down_ratio), None if self.feature_only else room)
-        if self.pos_embed:
-            x = add_position_embedding(x, aspect_ratio)
+        x = self.scratch.fuse(maps)
+        size = size[0] // self.down_ratio, size[1] // self.down_ratio
         if self.feature_only:
-            return (x,)
+            x = _resize(x, size)
+            return (add_position_embedding(x, aspect_ratio) if self.pos_embed else x,)
+        offsets = position_offsets(x, size, aspect_ratio) if self.pos_embed else None
         first, _, last = self.scratch.output_conv2  # the ReLU between them is done with the first
-        return activate_head(last(first(x, activation="relu")), self.activation, self.conf_activation)
+        x = first(x, activation="relu", size=size, offsets=offsets)  # the map of that size is the largest of all
+        return activate_head(last(x), self.activation, self.conf_activation)

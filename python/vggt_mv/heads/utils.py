@@ -13,14 +13,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vggt_mv.errors import VggtMvError
 
-__all__ = ["add_position_embedding", "axis_embedding", "create_uv_grid", "position_grid_to_embed", "sincos_embedding"]
+__all__ = [
+    "add_position_embedding",
+    "axis_embedding",
+    "create_uv_grid",
+    "position_grid_to_embed",
+    "position_offsets",
+    "sincos_embedding",
+]
 
 
 def _axis_limits(width: int, height: int, aspect_ratio: float) -> tuple[float, float]:
@@ -190,15 +199,55 @@ def add_position_embedding(x: Tensor, aspect_ratio: float, scale: float = 0.1) -
     """
     if x.ndim != 4 or x.shape[1] < 4 or x.shape[1] % 4:
         raise VggtMvError(f"add_position_embedding: x must be [N, C, h, w] with C a multiple of 4, got {list(x.shape)}")
-    channels, height, width = x.shape[1:]
-    _check_size("add_position_embedding", width, height, aspect_ratio)
-    half = channels // 2
-    u_max, v_max = _axis_limits(width, height, aspect_ratio)
-    columns = axis_embedding((-u_max, u_max), width, half, x).mT.unsqueeze(1)  # [C/2, 1, w]
-    rows = axis_embedding((-v_max, v_max), height, half, x).mT.unsqueeze(2)  # [C/2, h, 1]
+    half = x.shape[1] // 2
+    rows, columns = _embeddings("add_position_embedding", x, x.shape[-2:], aspect_ratio)
+    rows, columns = rows.mT.unsqueeze(2), columns.mT.unsqueeze(1)  # [C/2, h, 1] and [C/2, 1, w]
     if x.requires_grad:
         # cat keeps channels-last, as stack does not.
         return torch.cat((x[:, :half].add(columns, alpha=scale), x[:, half:].add(rows, alpha=scale)), dim=1)
     x[:, :half].add_(columns, alpha=scale)
     x[:, half:].add_(rows, alpha=scale)
     return x
+
+
+def position_offsets(
+    like: Tensor, size: Sequence[int], aspect_ratio: float, scale: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """What `add_position_embedding` would add to a map, as an offset of each row and one of each column.
+
+    Args:
+        like: ``[N, C, ...]``, C a multiple of 4: its number of channels, dtype and device count.
+        size: (H, W) of the map.
+        aspect_ratio: W / H of the image.
+        scale: factor of the embedding.
+
+    Returns:
+        ``[H, C]``, zero in the first half of the channels, and ``[W, C]``, zero in the second.
+
+    Raises:
+        VggtMvError: C is not a multiple of 4, or the size or the aspect ratio is not positive.
+
+    Example:
+        >>> import torch
+        >>> rows, columns = position_offsets(torch.zeros(1, 8, 1, 1), (2, 3), aspect_ratio=1.5)
+        >>> expected = add_position_embedding(torch.zeros(1, 8, 2, 3), aspect_ratio=1.5)
+        >>> torch.equal(rows.mT[:, :, None] + columns.mT[:, None], expected[0])
+        True
+    """
+    if like.ndim < 2 or like.shape[1] < 4 or like.shape[1] % 4:
+        raise VggtMvError(f"position_offsets: like must be [N, C, ...] with C a multiple of 4, got {list(like.shape)}")
+    half = like.shape[1] // 2
+    rows, columns = _embeddings("position_offsets", like, size, aspect_ratio)
+    return F.pad(scale * rows, (half, 0)), F.pad(scale * columns, (0, half))
+
+
+def _embeddings(function: str, like: Tensor, size: Sequence[int], aspect_ratio: float) -> tuple[Tensor, Tensor]:
+    """Of the rows ``[H, C/2]`` and columns ``[W, C/2]`` of a map."""
+    height, width = size
+    _check_size(function, width, height, aspect_ratio)
+    u_max, v_max = _axis_limits(width, height, aspect_ratio)
+    half = like.shape[1] // 2
+    return (
+        axis_embedding((-v_max, v_max), height, half, like),
+        axis_embedding((-u_max, u_max), width, half, like),
+    )

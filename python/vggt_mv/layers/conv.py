@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from vggt_mv_ext import conv3x3
@@ -10,7 +12,7 @@ __all__ = ["Conv3x3"]
 
 
 class Conv3x3(nn.Conv2d):
-    """`torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)` and what follows it, by `vggt_mv_ext.conv3x3`.
+    """`torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)` and what stands around it, by `vggt_mv_ext.conv3x3`.
 
     Same parameters and results; faster on CPUs in inference.
 
@@ -24,7 +26,23 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: str = "none", overwrite_residual: bool = False
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        *,
+        size: Sequence[int] | None = None,
+        offsets: tuple[Tensor, Tensor] | None = None,
+        overwrite_residual: bool = False,
     ) -> Tensor:
-        """``[N, C, h, w]`` -> ``activation(conv(input) + residual)``; "none" or "relu"."""
-        return conv3x3(input, self.weight, self.bias, residual, activation, overwrite_residual=overwrite_residual)
+        """``[N, C, h, w]`` -> ``activation(conv(resize(input, size) + offsets) + residual)``; "none" or "relu"."""
+        return conv3x3(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            activation,
+            size=size,
+            offsets=offsets,
+            overwrite_residual=overwrite_residual,
+        )
