@@ -7,7 +7,8 @@ with every operator in plain PyTorch, `compile` that under torch.compile with fr
 `optimized` that after `model.optimize_for_inference`, which is what `vggt-mv --weights` does on a CPU.
 Errors are relative (Frobenius), of depth and world points, to eager float32 in the same round. Peak memory is what the
 process holds at most during the prediction, above what it held before. --pages asks the system for huge pages
-(THP_MEM_ALLOC_ENABLE=1, as `vggt-mv` does for itself), for all peers alike; without it none has them.
+(THP_MEM_ALLOC_ENABLE=1) and keeps memory that is freed for the next tensors, as `vggt-mv` does for itself, for all
+peers alike; without it none has either.
 Results go to benchmarks/results/local-model.json, or --out.
 """
 
@@ -48,6 +49,7 @@ def plain_pytorch() -> Iterator[None]:
     from unittest import mock
 
     import torch.nn.functional as F
+    from torch import nn
 
     from vggt_mv.layers import attention, block, conv, linear
     from vggt_mv_ext import reference
@@ -89,6 +91,7 @@ def plain_pytorch() -> Iterator[None]:
         mock.patch.object(block, "residual_scale_norm", add_and_norm),
         mock.patch.object(linear, "packed_linear", linear_and_activation),
         mock.patch.object(conv, "conv3x3", convolution),
+        mock.patch.object(conv.StridedConv3x3, "forward", nn.Conv2d.forward),
     ):
         yield
 
@@ -123,12 +126,16 @@ def child(arguments: argparse.Namespace) -> None:
     """One run of one peer; prints a line of JSON."""
     import torch
 
+    from vggt_mv.weights import pages
+
     config = TINY if arguments.tiny else FULL
     model, images = build(arguments.family, arguments.frames, config)
     low = arguments.dtype == "bfloat16"
     plain = plain_pytorch() if arguments.peer in ("eager", "compile") else contextlib.nullcontext()
     if arguments.peer == "optimized":
-        model.optimize_for_inference(getattr(torch, arguments.dtype))
+        model.optimize_for_inference(getattr(torch, arguments.dtype), keep_freed=False)
+    if arguments.pages:
+        pages.keep_freed()
     with plain, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         run = model
         if arguments.peer == "compile":
@@ -153,6 +160,7 @@ def child(arguments: argparse.Namespace) -> None:
 def run_child(arguments: argparse.Namespace, peer: str, dtype: str, family: str, frames: int, save: Path) -> Any:
     command = [sys.executable, __file__, "--child", "--peer", peer, "--dtype", dtype, "--family", family]
     command += ["--frames", str(frames), "--save", str(save), *(["--tiny"] if arguments.tiny else [])]
+    command += ["--pages"] if arguments.pages else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
     if arguments.pages:
         environment["THP_MEM_ALLOC_ENABLE"] = "1"

@@ -259,8 +259,13 @@ def block_dilated_attention(
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """`activation(x @ weight.T + bias)` in x's dtype; activation "none" is the identity, "gelu" exact GELU."""
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, matrix_of(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
     return F.gelu(y) if activation == "gelu" else y
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """A linear layer's weight as it is, a convolution's `[N, C, a, b]` as `[N, a b C]`, for patches channels last."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def conv3x3(

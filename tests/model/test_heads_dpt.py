@@ -14,6 +14,7 @@ from vggt_mv.errors import VggtMvError
 from vggt_mv.heads.dpt_head import DPTHead, FeatureFusionBlock, ResidualConvUnit
 from vggt_mv.heads.head_act import activate_head
 from vggt_mv.heads.utils import create_uv_grid, position_grid_to_embed
+from vggt_mv.layers.conv import StridedConv3x3
 
 DIM, START, LAYERS, CHANNELS = 24, 5, [0, 2, 3, 5], [8, 12, 16, 20]
 
@@ -132,6 +133,20 @@ def test_float32_equals_the_formula() -> None:
         expected = plain_dpt(head.double(), outputs, images, start)
     for a, e in zip(actual, expected, strict=True):
         assert float((a - e).norm() / e.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("size", [(2, 16, 21, 18), (1, 5, 1, 1), (3, 4, 2, 9), (1, 32, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_the_strided_convolution_is_one(size: tuple[int, ...], dtype: torch.dtype, grad: bool) -> None:
+    layer = StridedConv3x3(size[1], 12).to(dtype)
+    x = torch.randn(size, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            y = layer(given)
+            expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2, padding=1)
+            assert y.dtype == dtype and y.requires_grad == grad
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes() -> None:

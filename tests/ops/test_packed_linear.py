@@ -323,6 +323,23 @@ def test_packing_ahead(layer: Layer, dtype: torch.dtype) -> None:
     assert pack_linear_weight(layer.weight.data) == 0
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=["f32", "bf16", "f64"])
+@pytest.mark.parametrize("mode", ["packed", "recorded", "autocast"])
+def test_the_weight_of_a_convolution(dtype: torch.dtype, mode: str) -> None:
+    """Against the convolution itself: patches that do not overlap, channels last."""
+    weight = nn.Parameter((torch.randn(24, 5, 2, 3) / 30**0.5).to(dtype))
+    bias, image = torch.randn(24).to(dtype), torch.randn(2, 5, 20, 30).to(dtype)
+    patches = image.unflatten(2, (10, 2)).unflatten(4, (10, 3)).permute(0, 2, 4, 3, 5, 1).flatten(3)
+    expected = F.conv2d(image.double(), weight.detach().double(), bias.double(), stride=(2, 3)).permute(0, 2, 3, 1)
+    with torch.set_grad_enabled(mode == "recorded"), torch.autocast("cpu", BF16, enabled=mode == "autocast"):
+        got = packed_linear(patches, weight, bias)
+    assert_accurate("y", got, expected, got.dtype)
+    if mode == "packed":
+        packs = cannot_pack_linear_weight(weight) is None
+        assert (PACKED.find(weight, dtype) is not None) == packs
+        assert (pack_linear_weight(weight) > 0) == packs
+
+
 @needs_onednn
 def test_without_a_sample_the_values_are_not_looked_at(layer: Layer) -> None:
     pack_linear_weight(layer.weight, sample=False)
@@ -577,7 +594,7 @@ W, B = torch.zeros(3, 4), torch.zeros(3)
         (([1.0], W), TypeError, "x must be a torch.Tensor, got list"),
         ((torch.zeros(2, 4, dtype=torch.int64), W), TypeError, r"x must have one of the dtypes .* got int64 \[2, 4]"),
         ((torch.zeros(2, 4), None), TypeError, "weight must be a torch.Tensor, got NoneType"),
-        ((torch.zeros(2, 4), B), ValueError, r"weight must have shape \[N, K], got \[3]"),
+        ((torch.zeros(2, 4), B), ValueError, r"weight must have shape \[N, K] or \[N, C, a, b], got \[3]"),
         ((torch.zeros(2, 5), W), ValueError, r"x must have shape \[..., K] with the K = 4 of weight, got \[2, 5]"),
         ((torch.zeros(()), W), ValueError, r"x must have shape .* got \[]"),
         ((torch.zeros(2, 4), W, torch.zeros(4)), ValueError, r"bias must have shape \[N] = \[3], got \[4]"),
@@ -603,7 +620,9 @@ def test_errors(arguments: tuple[Any, ...], error: type[Exception], message: str
 def test_errors_of_packing() -> None:
     with pytest.raises(TypeError, match="pack_linear_weight: weight must be a torch.Tensor, got str"):
         pack_linear_weight("w")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"pack_linear_weight: weight must have shape \[N, K\], got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"pack_linear_weight: weight must have shape \[N, K\] or \[N, C, a, b\], got \[3\]"
+    ):
         pack_linear_weight(B)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vggt_mv.layers import Linear, Mlp
+from vggt_mv.layers.conv import StridedConv3x3
 from vggt_mv.models.vggt import VGGT
 from vggt_mv.weights import InferenceReport, WeightsError, build_from_weights, optimize_for_inference, pages
 from vggt_mv.weights.safetensors_io import write_safetensors
@@ -176,6 +178,39 @@ def test_models_have_it() -> None:
         assert report.packed == 4 * (2 * 2 + 1) + 2
         assert torch.allclose(vggt(images)["pose_enc"], before, rtol=1e-5, atol=1e-6)
     assert equal(values(vggt), state)
+
+
+@needs_onednn
+def test_a_strided_convolution_is_packed() -> None:
+    """For the images' dtype, as all of a head is."""
+    layer = StridedConv3x3(16, 24)
+    x = torch.randn(1, 16, 21, 18)
+    assert optimize_for_inference(layer, release=False).packed == 1
+    with torch.inference_mode():
+        assert torch.allclose(layer(x), nn.Conv2d.forward(layer, x), rtol=1e-4, atol=1e-5)
+
+
+_ALLOCATE = """
+import resource, sys, torch
+from torch import nn
+from vggt_mv.weights import optimize_for_inference
+optimize_for_inference(nn.Identity(), keep_freed=sys.argv[1] == "keep")
+for _ in range(10):  # until there is a piece that is large enough with its alignment
+    torch.ones(64 << 18)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(64 << 18)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc keeps memory")
+def test_freed_memory_is_kept() -> None:
+    faults = {}
+    for choice in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", _ALLOCATE, choice], capture_output=True, text=True, check=True)
+        faults[choice] = int(done.stdout)
+    assert faults["keep"] < 100 <= faults["leave"]  # a page of 4 KiB or 2 MiB each
 
 
 def test_errors() -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..reference import matrix_of
+
 # Below so many rows the work is to read the weights once, and packing reads and writes them: only a copy that is there
 # already is used.
 MIN_ROWS = 64
@@ -29,9 +31,9 @@ _PROBE_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A copy of `weight [N, K]` in oneDNN's own layout."""
+    """A copy of `weight`, as the matrix that it is, in oneDNN's own layout."""
     with torch.inference_mode(False), torch.no_grad():
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix_of(weight.detach()).contiguous())
     return packed
 
 

@@ -33,7 +33,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
 
     Args:
         x: `[..., K]`, any strides; float32, float16, bfloat16 or float64.
-        weight: `[N, K]`, the dtype of x, or float32 beside a float16 or bfloat16 x. Copies are kept of
+        weight: `[N, K]`, the dtype of x, or float32 beside a float16 or bfloat16 x; or that of a convolution,
+            `[N, C, a, b]`, which multiplies patches `[..., a b C]` of a channels-last map. Copies are kept of
             `torch.nn.Parameter`s alone; any other tensor is used as it is.
         bias: `[N]` in the dtype of weight, or None.
         activation: `"none"` or `"gelu"`.
@@ -86,7 +87,7 @@ def pack_linear_weight(weight: Tensor, dtype: torch.dtype | None = None, *, samp
     """Makes the packed copy of a weight now, instead of in the first call of `packed_linear` with many rows.
 
     Args:
-        weight: a `torch.nn.Parameter [N, K]` on the CPU.
+        weight: a `torch.nn.Parameter [N, K]` or `[N, C, a, b]` on the CPU.
         dtype: of the products that the copy is for, by default the weight's own.
         sample: whether every call looks at a few values of the weight, to notice writes that PyTorch does not count.
             False for a weight in a mapped file that is to stay out of memory: reading one value brings in up to 2 MB.
@@ -96,7 +97,7 @@ def pack_linear_weight(weight: Tensor, dtype: torch.dtype | None = None, *, samp
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: not two-dimensional.
+        ValueError: neither two- nor four-dimensional.
 
     Example:
         >>> import torch
@@ -105,8 +106,8 @@ def pack_linear_weight(weight: Tensor, dtype: torch.dtype | None = None, *, samp
         0
     """
     _common.check_tensor("pack_linear_weight", "weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"pack_linear_weight: weight must have shape [N, K], got {list(weight.shape)}")
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"pack_linear_weight: weight must have shape [N, K] or [N, C, a, b], got {list(weight.shape)}")
     if cannot_pack_linear_weight(weight, dtype) is not None:
         return 0
     return _packed_weights.packed_bytes(_packed_weights.PACKED.get(weight, dtype or weight.dtype, sample))
@@ -118,10 +119,9 @@ _DTYPES = frozenset((x, weight) for x in _common.FLOATING for weight in (x, *((t
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> bool:
     """Whether `_check` has nothing to say, in a fraction of the time: this runs in every call, twice."""
     try:
-        width = weight.shape[1]
         return (
-            len(weight.shape) == 2
-            and x.shape[-1] == width
+            len(weight.shape) in (2, 4)
+            and x.shape[-1] == weight.shape[1:].numel()
             and (x.dtype, weight.dtype) in _DTYPES
             and x.device == weight.device
             and activation in ACTIVATIONS
@@ -137,12 +137,11 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> bo
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, any_dtypes: bool = False) -> None:
     _common.check_tensor(NAME, "x", x)
     _common.check_tensor(NAME, "weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"{NAME}: weight must have shape [N, K], got {list(weight.shape)}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{NAME}: x must have shape [..., K] with the K = {weight.shape[1]} of weight, got {list(x.shape)}"
-        )
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"{NAME}: weight must have shape [N, K] or [N, C, a, b], got {list(weight.shape)}")
+    width = weight.shape[1:].numel()
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"{NAME}: x must have shape [..., K] with the K = {width} of weight, got {list(x.shape)}")
     _common.check_device(NAME, "weight", weight, "x", x)
     if bias is not None:
         _common.check_tensor(NAME, "bias", bias)
@@ -166,7 +165,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, a
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     if _common.autocast_may_cast(x):  # which casts weight and bias itself, and keeps what it cast
-        result = torch.nn.functional.linear(x, weight, bias)
+        result = torch.nn.functional.linear(x, reference.matrix_of(weight), bias)
         return torch.nn.functional.gelu(result) if activation == "gelu" else result
     return reference.packed_linear(x, weight, bias, activation)
 

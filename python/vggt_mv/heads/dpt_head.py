@@ -21,7 +21,7 @@ from vggt_mv.errors import VggtMvError
 from vggt_mv.heads.head_act import activate_head, check_head_activations
 from vggt_mv.heads.inputs import image_size, patch_grid, select_output
 from vggt_mv.heads.utils import add_position_embedding, position_offsets
-from vggt_mv.layers.conv import Conv3x3
+from vggt_mv.layers.conv import Conv3x3, StridedConv3x3
 
 __all__ = ["DPTHead", "FeatureFusionBlock", "ResidualConvUnit"]
 
@@ -209,7 +209,7 @@ class DPTHead(nn.Module):
                 nn.ConvTranspose2d(c1, c1, kernel_size=4, stride=4),
                 nn.ConvTranspose2d(c2, c2, kernel_size=2, stride=2),
                 nn.Identity(),
-                nn.Conv2d(c4, c4, kernel_size=3, stride=2, padding=1),
+                StridedConv3x3(c4, c4),
             ]
         )
         self.scratch = _Scratch(out_channels, features, head_features, None if feature_only else output_dim)

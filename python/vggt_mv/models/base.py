@@ -74,13 +74,18 @@ class VGGTBase(PretrainedModel):
                 )
 
     def optimize_for_inference(
-        self, dtype: torch.dtype | None = None, *, release: bool = True, folder: str | Path | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        release: bool = True,
+        folder: str | Path | None = None,
+        keep_freed: bool = True,
     ) -> InferenceReport:
         """Pack the weights of all Linears for a CPU, in the plain weights' place in memory.
 
         See `vggt_mv.weights.optimize_for_inference`.
         """
-        return optimize_for_inference(self, dtype, release=release, folder=folder)
+        return optimize_for_inference(self, dtype, release=release, folder=folder, keep_freed=keep_freed)
 
     def _layers_read(self, tracks: bool = True) -> list[tuple[str, int]]:
         """(head, output of the aggregator) for all that the heads read."""

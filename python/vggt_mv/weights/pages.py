@@ -1,4 +1,4 @@
-"""Advice to the kernel on the memory pages of mapped tensors. On Linux; elsewhere nothing happens."""
+"""Advice to the kernel and the C library on memory pages. On Linux; elsewhere nothing happens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Final
 
 from torch import Tensor
 
-__all__ = ["clean_file_views", "drop", "read_ahead", "trim"]
+__all__ = ["clean_file_views", "drop", "keep_freed", "read_ahead", "trim"]
 
 _WILLNEED: Final = 3  # MADV_* of Linux
 _DONTNEED: Final = 4
+_M_TRIM_THRESHOLD: Final = -1  # of glibc's mallopt
+_M_MMAP_MAX: Final = -4
+_KEPT_BYTES: Final = 1 << 30
 _VIEW: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
 
 
@@ -35,6 +38,17 @@ def trim() -> None:
     """Give back the memory that was freed but is kept for allocations to come; with glibc."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def keep_freed() -> bool:
+    """Keep memory that is freed for allocations to come, about 1 GiB of it; with glibc, and whether it is.
+
+    By default large tensors are mapped and unmapped one by one, and what is mapped anew is cleared page by page at its
+    first touch. For the whole process, and for good; `trim` still gives everything back.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def clean_file_views() -> list[tuple[int, int]]:
