@@ -7,8 +7,9 @@ with every operator in plain PyTorch, `compile` that under torch.compile with fr
 `optimized` that after `model.optimize_for_inference`, which is what `vggt-mv --weights` does on a CPU.
 Errors are relative (Frobenius), of depth and world points, to eager float32 in the same round. Peak memory is what the
 process holds at most during the prediction, above what it held before. --pages asks the system for huge pages
-(THP_MEM_ALLOC_ENABLE=1) and keeps memory that is freed for the next tensors, as `vggt-mv` does for itself, for all
-peers alike; without it none has either.
+(THP_MEM_ALLOC_ENABLE=1, as `vggt-mv` does for itself), for all peers alike; without it none has them. --keep-freed lets
+every peer keep memory that is freed for its next tensors; without it `optimized` does, since that is part of
+`optimize_for_inference`, and no other.
 Results go to benchmarks/results/local-model.json, or --out.
 """
 
@@ -133,8 +134,8 @@ def child(arguments: argparse.Namespace) -> None:
     low = arguments.dtype == "bfloat16"
     plain = plain_pytorch() if arguments.peer in ("eager", "compile") else contextlib.nullcontext()
     if arguments.peer == "optimized":
-        model.optimize_for_inference(getattr(torch, arguments.dtype), keep_freed=False)
-    if arguments.pages:
+        model.optimize_for_inference(getattr(torch, arguments.dtype))
+    if arguments.keep_freed:
         pages.keep_freed()
     with plain, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         run = model
@@ -160,7 +161,7 @@ def child(arguments: argparse.Namespace) -> None:
 def run_child(arguments: argparse.Namespace, peer: str, dtype: str, family: str, frames: int, save: Path) -> Any:
     command = [sys.executable, __file__, "--child", "--peer", peer, "--dtype", dtype, "--family", family]
     command += ["--frames", str(frames), "--save", str(save), *(["--tiny"] if arguments.tiny else [])]
-    command += ["--pages"] if arguments.pages else []
+    command += ["--keep-freed"] if arguments.keep_freed else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
     if arguments.pages:
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--pages", action="store_true", help="huge pages, for every peer")
+    parser.add_argument("--keep-freed", action="store_true", help="freed memory stays with the process, for every peer")
     parser.add_argument("--tiny", action="store_true", help="a model that shows whether the script works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "local-model.json")
     for hidden in ("--peer", "--dtype", "--family", "--save"):
