@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggt_mv_ext import conv3x3, explain, packed_linear
+from vggt_mv_ext import cannot_pack_linear_weight, conv3x3, packed_linear
 
 __all__ = ["Conv3x3", "StridedConv3x3"]
 
@@ -72,10 +72,9 @@ class StridedConv3x3(nn.Conv2d):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
+            or cannot_pack_linear_weight(self.weight, input.dtype) is not None
         ):
             return super().forward(input)
         padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         patches = padded.unfold(1, 3, 2).unfold(2, 3, 2).permute(0, 1, 2, 4, 5, 3).flatten(3)  # [N, h', w', 9 C]
-        if explain("packed_linear", patches, self.weight).backend != "cpu":
-            return super().forward(input)
         return packed_linear(patches, self.weight, self.bias).permute(0, 3, 1, 2)
