@@ -32,6 +32,7 @@ PUBLIC = {
     "explain",
     "get_backend",
     "landmark_attention",
+    "linear_product_dtype",
     "memory_read",
     "memory_write",
     "pack_linear_weight",

@@ -93,8 +93,12 @@ def test_info_for_people(vggt_mv: Run) -> None:
 
 def test_info_for_programs(vggt_mv: Run) -> None:
     import vggt_mv_ext
+    from vggt_mv_ext.ops import OPERATORS
 
     facts = json.loads(vggt_mv("info", "--json").stdout)
     assert facts["build"] == vggt_mv_ext.build_info()
     assert facts["vggt_mv"] == vggt_mv_ext.__version__
+    assert set(facts["operators"]["cpu"]) == set(OPERATORS)
     assert facts["operators"]["cpu"]["qk_norm_rope"]["backend"] in ("cpu", "reference")
+    in_float32 = vggt_mv_ext.linear_product_dtype(torch.bfloat16) == torch.float32
+    assert ("in float32" in facts["linears"]) == in_float32

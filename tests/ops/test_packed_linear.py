@@ -249,7 +249,8 @@ def test_a_changed_weight_is_packed_again(layer: Layer, change: Callable[[Layer]
         after = layer(x)
     assert_accurate("y", after, exact(x, layer), dtype)
     # Weights that were rounded to bfloat16 are the same ones in bfloat16.
-    assert torch.equal(before, after) == (change is _there_and_back and dtype == BF16)
+    in_bf16 = _packed_weights.product_dtype(dtype) == BF16
+    assert torch.equal(before, after) == (change is _there_and_back and in_bf16)
     second = PACKED.find(layer.weight, dtype)
     assert first is not None and second is not None and first is not second
 
@@ -469,7 +470,8 @@ def test_autocast(layer: Layer, parameters: torch.dtype) -> None:
         got = layer(x)
         assert got.dtype == linear(x).dtype
         assert has_copy(layer, BF16) == (parameters != F64)
-        assert has_copy(layer, F32) is False
+        in_bf16 = _packed_weights.product_dtype(BF16) == BF16
+        assert has_copy(layer, F32) == (parameters != F64 and not in_bf16)
     assert_accurate("y", got, exact(x, layer), got.dtype)
 
 
@@ -539,6 +541,32 @@ def test_a_library_that_computes_something_else_is_not_used(
         assert message in str(_packed_weights.unsupported(F32))
     finally:
         _packed_weights._probe.cache_clear()
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("low", [BF16, F16], ids=["bf16", "f16"])
+@needs_onednn
+def test_without_instructions_for_16_bits_products_are_float32(
+    monkeypatch: pytest.MonkeyPatch, layer: Layer, low: torch.dtype, activation: str
+) -> None:
+    """As on processors without AVX-512; on those this is what happens anyway."""
+    able = _packed_weights._cannot_multiply
+    monkeypatch.setattr(_packed_weights, "_cannot_multiply", lambda dtype: "no" if dtype == low else able(dtype))
+    monkeypatch.setattr(_packed_weights, "_WIDENED_ROWS", 32)
+    layer.activation = activation
+    x = torch.randn(5, 20, 24).to(low).transpose(0, 1)  # 100 rows: 3 full parts and one of 4
+    with torch.no_grad():
+        assert choose(OPERATORS["packed_linear"], x, layer.weight) == "cpu"
+        got = layer(x)
+        same = layer(x[7])
+        layer(X)
+    assert got.dtype == low and got.shape == (20, 5, 40) and got.is_contiguous()
+    wide = F.linear(x.double(), layer.weight.detach().double(), layer.bias.detach().double())
+    wide = F.gelu(wide) if activation == "gelu" else wide
+    # Nothing is rounded to 16 bits but the result.
+    assert ((got.double() - wide).norm() / wide.norm()).item() < torch.finfo(low).eps / 2
+    assert torch.equal(same, got[7])
+    assert PACKED.find(layer.weight, low) is PACKED.find(layer.weight, F32)
 
 
 @needs_onednn

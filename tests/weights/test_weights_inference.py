@@ -19,7 +19,7 @@ from vggt_mv.models.vggt import VGGT
 from vggt_mv.weights import InferenceReport, WeightsError, build_from_weights, optimize_for_inference, pages
 from vggt_mv.weights.safetensors_io import write_safetensors
 from vggt_mv_ext import cannot_pack_linear_weight
-from vggt_mv_ext.ops._packed_weights import PACKED
+from vggt_mv_ext.ops._packed_weights import PACKED, product_dtype
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="weights are released on Linux")
 needs_onednn = pytest.mark.skipif(
@@ -75,7 +75,8 @@ def test_heads_are_packed_for_float32() -> None:
     for part, packed, other in ((whole.camera_head, F32, BF16), (whole.aggregator, BF16, F32)):
         weights = [module.weight for module in part.modules() if isinstance(module, Linear)]
         assert weights and all(PACKED.find(weight, packed) is not None for weight in weights)
-        assert all(PACKED.find(weight, other) is None for weight in weights)
+        if product_dtype(BF16) == BF16:
+            assert all(PACKED.find(weight, other) is None for weight in weights)
 
 
 @linux
@@ -191,15 +192,23 @@ def test_a_strided_convolution_is_packed() -> None:
 
 
 _ALLOCATE = """
-import resource, sys, torch
+import ctypes, resource, sys
 from torch import nn
 from vggt_mv.weights import optimize_for_inference
 optimize_for_inference(nn.Identity(), keep_freed=sys.argv[1] == "keep")
-for _ in range(10):  # until there is a piece that is large enough with its alignment
-    torch.ones(64 << 18)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+pieces = [None] * 8
+def several():
+    for i in range(8):
+        pieces[i] = libc.malloc(24 << 20)
+        ctypes.memset(pieces[i], 1, 24 << 20)
+    for piece in reversed(pieces):  # the last one first, so that nothing in use lies above what is free
+        libc.free(piece)
+
+several()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(64 << 18)  # 64 MiB
+several()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -210,7 +219,7 @@ def test_freed_memory_is_kept() -> None:
     for choice in ("keep", "leave"):
         done = subprocess.run([sys.executable, "-c", _ALLOCATE, choice], capture_output=True, text=True, check=True)
         faults[choice] = int(done.stdout)
-    assert faults["keep"] < 100 <= faults["leave"]  # a page of 4 KiB or 2 MiB each
+    assert faults["keep"] < 50 <= faults["leave"]  # pages of 4 KiB or 2 MiB
 
 
 def test_errors() -> None:
@@ -298,6 +307,8 @@ def test_memory(tmp_path: Path, how: str, dtype: str, release: str, low: float, 
     command = [sys.executable, "-c", script, str(path), how, dtype, release]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if dtype == "bfloat16" and product_dtype(BF16) == F32:  # the copies are in float32
+        low, high, peak = 0.9, 1.15, 1.3
     resident, highest = (int(number) / size for number in done.stdout.split())
     assert low <= resident <= high, f"resident {resident:.2f}"
     assert highest <= peak, f"peak {highest:.2f}"

@@ -17,7 +17,7 @@ from .dual_stream_attention import dual_stream_attention
 from .landmark_attention import landmark_attention
 from .memory_read import memory_read
 from .memory_write import memory_write
-from .packed_linear import cannot_pack_linear_weight, pack_linear_weight, packed_linear
+from .packed_linear import cannot_pack_linear_weight, linear_product_dtype, pack_linear_weight, packed_linear
 from .qk_norm_rope import qk_norm_rope
 from .residual_scale_norm import residual_scale_norm
 
@@ -45,6 +45,7 @@ __all__ = [
     "conv3x3",
     "dual_stream_attention",
     "landmark_attention",
+    "linear_product_dtype",
     "memory_read",
     "memory_write",
     "pack_linear_weight",

@@ -30,6 +30,10 @@ MIN_ROWS = 64
 _PROBE_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+# Rows of a 16-bit x that are widened to float32 at a time.
+_WIDENED_ROWS = 1024
+
+
 def pack(weight: Tensor) -> Tensor:
     """A copy of `weight`, as the matrix that it is, in oneDNN's own layout."""
     with torch.inference_mode(False), torch.no_grad():
@@ -38,7 +42,18 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def run(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """`activation(x @ packed.T + bias)`; all of one dtype."""
+    """`activation(x @ packed.T + bias)` in x's dtype, bias in that of the packed weight, which may be wider than x's."""
+    if packed.dtype == x.dtype:
+        return _multiply(x, packed, bias, activation)
+    rows = x.reshape(-1, x.shape[-1])
+    result = x.new_empty(rows.shape[0], packed.shape[0])
+    for part, to in zip(rows.split(_WIDENED_ROWS), result.split(_WIDENED_ROWS), strict=True):
+        to.copy_(_multiply(part.to(packed.dtype), packed, bias, activation))
+    return result.view(*x.shape[:-1], packed.shape[0])
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`run` for one dtype."""
     name, algorithm = ("gelu", "none") if activation == "gelu" else ("none", "")  # "none": erf, not tanh
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
     return result
@@ -71,8 +86,23 @@ def _probe(dtype: torch.dtype, precision: str) -> str | None:
     return None
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that products of `dtype` are computed in.
+
+    float32 for 16-bit values that oneDNN cannot multiply on this processor, those without AVX-512 among them: PyTorch
+    has no fast kernel for them either there.
+    """
+    wide = dtype in (torch.bfloat16, torch.float16) and _cannot_multiply(dtype) and not _cannot_multiply(torch.float32)
+    return torch.float32 if wide else dtype
+
+
 def unsupported(dtype: torch.dtype) -> str | None:
-    """Why no weight can be packed in `dtype` here, or None."""
+    """Why no weight can be packed for products of `dtype` here, or None."""
+    return _cannot_multiply(product_dtype(dtype))
+
+
+def _cannot_multiply(dtype: torch.dtype) -> str | None:
+    """Why oneDNN does not run layers that are of `dtype` throughout, or None."""
     if dtype not in _PROBE_TOLERANCE:
         return f"{str(dtype).removeprefix('torch.')} runs on the reference alone"
     if not torch.backends.mkldnn.is_available():
@@ -136,13 +166,14 @@ class PackedWeights:
         self._lock = threading.Lock()
 
     def find(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The copy of `weight` in `dtype`, if there is one that still holds."""
+        """The copy of `weight` for products of `dtype`, if there is one that still holds."""
         with self._lock:
             entry = self._valid(weight)
-            return None if entry is None else entry.copies.get(dtype)
+            return None if entry is None else entry.copies.get(product_dtype(dtype))
 
     def get(self, weight: Tensor, dtype: torch.dtype, sample: bool = True) -> Tensor:
-        """The copy of `weight` in `dtype`; made now where there is none that holds, with or without a sample."""
+        """The copy of `weight` for products of `dtype`; made now where none holds, with or without a sample."""
+        dtype = product_dtype(dtype)
         with self._lock:
             entry = self._valid(weight)
             if entry is None:

@@ -40,8 +40,9 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         activation: `"none"` or `"gelu"`.
 
     Returns:
-        `[..., N]` in x's dtype, which also is the dtype of the products; contiguous. Under autocast x is cast as
-        `F.linear` casts it, and the weight is not cast anew in each call.
+        `[..., N]` in x's dtype, which also is the dtype of the products; contiguous. On processors without instructions
+        for them (no AVX-512), products of 16-bit values are float32, and weight and bias are not rounded to x's dtype.
+        Under autocast x is cast as `F.linear` casts it, and the weight is not cast anew in each call.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes do not go together.
@@ -81,6 +82,20 @@ def cannot_pack_linear_weight(weight: Tensor, dtype: torch.dtype | None = None) 
     if 0 in weight.shape:
         return "an empty tensor needs no kernel"
     return _packed_weights.unpackable(weight) or _packed_weights.unsupported(dtype or weight.dtype)
+
+
+def linear_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `packed_linear` multiplies an x of `dtype` in, on this machine's CPU.
+
+    It is `dtype`, or float32 for float16 and bfloat16 on processors that have no instructions for them.
+
+    Example:
+        >>> import torch
+        >>> from vggt_mv_ext import linear_product_dtype
+        >>> linear_product_dtype(torch.float32)
+        torch.float32
+    """
+    return _packed_weights.product_dtype(dtype)
 
 
 def pack_linear_weight(weight: Tensor, dtype: torch.dtype | None = None, *, sample: bool = True) -> int:
@@ -198,7 +213,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Ten
         _check(x, weight, bias, activation)
     if choose(OPERATOR, x, weight, bias) == "cpu":
         packed = _packed_weights.PACKED.get(weight, x.dtype)
-        return _packed_weights.run(x, packed, None if bias is None else bias.detach().to(x.dtype), activation)
+        return _packed_weights.run(x, packed, None if bias is None else bias.detach().to(packed.dtype), activation)
     return reference.packed_linear(x, weight, bias, activation).contiguous()
 
 

@@ -52,9 +52,20 @@ def collect() -> dict[str, Any]:
         "cuda": _cuda(),
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "linears": _linears(),
         "build": vggt_mv_ext.build_info(),
         "operators": {device: describe_backend(torch.device(device), torch.float32)["operators"] for device in devices},
     }
+
+
+def _linears() -> str:
+    import torch
+
+    import vggt_mv_ext
+
+    if vggt_mv_ext.linear_product_dtype(torch.bfloat16) == torch.float32:
+        return "on the CPU bfloat16 is multiplied in float32: nothing here multiplies bfloat16 faster"
+    return "on the CPU bfloat16 is multiplied as it is"
 
 
 def _cuda() -> str:

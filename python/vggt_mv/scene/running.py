@@ -217,6 +217,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     qkv = torch.zeros(1, 1, 1, 8, 3, 1, 64, device=device, dtype=dtype)
     vector = torch.zeros(64, device=device, dtype=dtype)
     weight = nn.Parameter(torch.zeros(64, 64, device=device), requires_grad=False)
+    image = torch.zeros(1, 16, 16, 16, device=device)  # heads are float32
     calls = {
         "residual_scale_norm": (x, x, vector, vector, vector),
         "qk_norm_rope": (qkv, vector, vector, vector, vector),
@@ -226,6 +227,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         "memory_read": (qkv,),
         "landmark_attention": (qkv,),
         "block_dilated_attention": (qkv,),
+        "conv3x3": (image, image.new_zeros(16, 16, 3, 3)),
         "packed_linear": (torch.zeros(1024, 64, device=device, dtype=dtype), weight),
     }
     chosen = {}

@@ -16,8 +16,9 @@ __all__ = ["clean_file_views", "drop", "keep_freed", "read_ahead", "trim"]
 _WILLNEED: Final = 3  # MADV_* of Linux
 _DONTNEED: Final = 4
 _M_TRIM_THRESHOLD: Final = -1  # of glibc's mallopt
-_M_MMAP_MAX: Final = -4
+_M_MMAP_THRESHOLD: Final = -3
 _KEPT_BYTES: Final = 1 << 30
+_MAPPED_BYTES: Final = 32 << 20  # the most that glibc takes
 _VIEW: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
 
 
@@ -44,11 +45,13 @@ def keep_freed() -> bool:
     """Keep memory that is freed for allocations to come, about 1 GiB of it; with glibc, and whether it is.
 
     By default large tensors are mapped and unmapped one by one, and what is mapped anew is cleared page by page at its
-    first touch. For the whole process, and for good; `trim` still gives everything back.
+    first touch. Tensors of more than 32 MiB still are where nothing that is kept has room for them: growing the heap
+    for each of them leaves holes that larger ones do not fit into. For the whole process, and for good; `trim` still
+    gives everything back.
     """
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
-    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def clean_file_views() -> list[tuple[int, int]]:
