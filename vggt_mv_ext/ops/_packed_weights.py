@@ -42,7 +42,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def run(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """`activation(x @ packed.T + bias)` in x's dtype, bias in that of the packed weight, which may be wider than x's."""
+    """`activation(x @ packed.T + bias)` in x's dtype; bias in that of the packed weight, which may be a wider one."""
     if packed.dtype == x.dtype:
         return _multiply(x, packed, bias, activation)
     rows = x.reshape(-1, x.shape[-1])
