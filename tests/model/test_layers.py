@@ -155,7 +155,7 @@ def test_the_mlp_runs_by_pieces_where_no_gradient_is_recorded(randomize, rel, mo
 
     whole, rows = run()
     assert rows == [42]
-    monkeypatch.setattr("vggt_mv.layers.block.CPU_MLP_TOKENS", 20)
+    monkeypatch.setattr("vggt_mv.layers.block.MLP_TOKENS", 20)
     assert run()[1] == [42]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

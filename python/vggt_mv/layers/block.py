@@ -19,11 +19,8 @@ __all__ = ["Block", "norm1", "run_block"]
 
 # How many tokens the MLP takes at a time where no gradient is recorded. Its hidden layer is four times as wide as the
 # tokens, twice over with the activation's result: for a whole long sequence it would be most of the memory that a frame
-# costs. 16384 tokens (18 frames of 336 x 518) are 4096 tiles of a matrix product: more fill no GPU better. On a CPU the
-# hidden layer of 1536 tokens (25 MB at C = 1024 in float32) is small enough for the C library to hand out the same
-# memory again, and one frame of 518 x 518 still is one piece.
+# costs. 16384 tokens (18 frames of 336 x 518) are 4096 tiles of a matrix product: more fill no GPU better.
 MLP_TOKENS = 16384
-CPU_MLP_TOKENS = 1536
 
 
 def _run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -32,17 +29,16 @@ def _run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     Hooks on the MLP see it whole, and so its input; those on its parts see the pieces.
     """
     tokens = x.numel() // x.shape[-1]
-    most = CPU_MLP_TOKENS if x.device.type == "cpu" else MLP_TOKENS
     hooked = mlp._forward_hooks or mlp._forward_pre_hooks
-    if tokens <= most or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked:
+    if tokens <= MLP_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked:
         return mlp(x)
-    pieces = x.reshape(tokens, x.shape[-1]).split(most)
+    pieces = x.reshape(tokens, x.shape[-1]).split(MLP_TOKENS)
     first = mlp(pieces[0])
     y = first.new_empty(tokens, first.shape[-1])
-    y[:most] = first
+    y[:MLP_TOKENS] = first
     del first
     for i, piece in enumerate(pieces[1:], 1):
-        y[i * most : (i + 1) * most] = mlp(piece)
+        y[i * MLP_TOKENS : (i + 1) * MLP_TOKENS] = mlp(piece)
     return y.view(*x.shape[:-1], -1)
 
 
