@@ -29,7 +29,6 @@ MIN_ROWS = 64
 # Relative errors that the probe allows: a few roundings of the dtype. float32 products in bfloat16 would be 1e-3 off.
 _PROBE_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
-
 # Rows of a 16-bit x that are widened to float32 at a time.
 _WIDENED_ROWS = 1024
 

@@ -79,8 +79,8 @@ def optimize_for_inference(
         release: False packs only, so that the first prediction has no packing to do. Weights are released on Linux.
         folder: where temporary files go; by default ``/var/tmp``, since ``/tmp`` may be memory itself.
         keep_freed: let the process keep the memory that a prediction frees for the next one, up to about 1 GiB, instead
-            of fresh memory each time, which the system has to clear. For the whole process, with glibc. False leaves
-            the allocator as it is.
+            of fresh memory each time, which the system has to clear; tensors of more than 32 MiB may still be fresh.
+            For the whole process, with glibc. False leaves the allocator as it is.
 
     Raises:
         WeightsError: no such dtype for matrix products, or a folder that cannot be written to.
