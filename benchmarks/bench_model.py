@@ -52,7 +52,7 @@ def plain_pytorch() -> Iterator[None]:
     import torch.nn.functional as F
     from torch import nn
 
-    from vggt_mv.layers import attention, block, conv, linear
+    from vggt_mv.layers import attention, conv, linear, pieces, residual
     from vggt_mv_ext import reference
 
     def linear_and_activation(x: Any, weight: Any, bias: Any, activation: str = "none") -> Any:
@@ -62,7 +62,7 @@ def plain_pytorch() -> Iterator[None]:
     def norm_rope(*arguments: Any, inplace: bool = False, **keywords: Any) -> Any:
         return reference.qk_norm_rope(*arguments, **keywords)
 
-    def add_and_norm(*arguments: Any, overwrite_x: bool = False, overwrite_y: bool = False) -> Any:
+    def add_and_norm(*arguments: Any, out: None) -> Any:
         return reference.residual_scale_norm(*arguments)
 
     def convolution(
@@ -89,7 +89,8 @@ def plain_pytorch() -> Iterator[None]:
     with (
         mock.patch.object(attention, "alternating_attention", reference.alternating_attention),
         mock.patch.object(attention, "qk_norm_rope", norm_rope),
-        mock.patch.object(block, "residual_scale_norm", add_and_norm),
+        mock.patch.object(residual, "residual_scale_norm", add_and_norm),
+        mock.patch.object(pieces, "fits", return_value=False),
         mock.patch.object(linear, "packed_linear", linear_and_activation),
         mock.patch.object(conv, "conv3x3", convolution),
         mock.patch.object(conv.StridedConv3x3, "forward", nn.Conv2d.forward),

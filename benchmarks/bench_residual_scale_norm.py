@@ -70,8 +70,7 @@ def test_residual_scale_norm(
         if device == "cpu":  # as blocks call it: the system hands out no memory for the results
             x, y, gamma, *norm = (t.clone() for t in inputs)
             gamma *= 0.01  # x takes its own result again and again
-            over = {"overwrite_x": True, "overwrite_y": True}
-            peers = {"in place": lambda: residual_scale_norm(x, y, gamma, *norm, **over), **peers}
+            peers = {"in place": lambda: residual_scale_norm(x, y, gamma, *norm, out=(x, y)), **peers}
         streams = 4
     else:
         leaves = [t.requires_grad_() for t in inputs]

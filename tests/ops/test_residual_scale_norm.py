@@ -124,41 +124,72 @@ def test_offsets_beyond_31_bits() -> None:
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("features", [1, 17, 1024])
-def test_results_in_the_memory_of_the_arguments(isa: str, dtypes: tuple[torch.dtype, ...], features: int) -> None:
+@pytest.mark.parametrize("over", [(), ("x",), ("y",), ("x", "y")], ids=lambda over: " and ".join(over) or "nothing")
+def test_out(isa: str, dtypes: tuple[torch.dtype, ...], features: int, over: tuple[str, ...]) -> None:
+    """Results go to where they are wanted, a part of a larger tensor or the arguments themselves, and nowhere else."""
     inputs = make_inputs((37, features), dtypes)
     expected = residual_scale_norm(*inputs)
-    for over_x, over_y in ((True, False), (False, True), (True, True)):
-        x, y = inputs[0].clone(), inputs[1].clone()
-        residual, normed = residual_scale_norm(x, y, *inputs[2:], overwrite_x=over_x, overwrite_y=over_y)
-        assert torch.equal(residual, expected[0])
-        assert torch.equal(normed, expected[1])
-        assert (residual is x, normed is y) == (over_x, over_y)
-        assert torch.equal(x, expected[0] if over_x else inputs[0])
-        assert torch.equal(y, expected[1] if over_y else inputs[1])
+    kept = [t.clone() for t in inputs]
+    rooms = [torch.full((39, features), 7.0, dtype=t.dtype) for t in inputs[:2]]
+    out = tuple(t if name in over else room[1:-1] for name, t, room in zip("xy", inputs, rooms, strict=False))
+    residual, normed = residual_scale_norm(*inputs, out=out)
+    assert residual is out[0]
+    assert normed is out[1]
+    assert torch.equal(residual, expected[0])
+    assert torch.equal(normed, expected[1])
+    for name, now, before, room in zip("xy", inputs, kept, rooms, strict=False):
+        assert (room[[0, -1]] == 7.0).all()
+        if name not in over:
+            assert torch.equal(now, before)
 
 
-@needs_kernel
-def test_arguments_stay_where_they_are_needed() -> None:
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_out_of_other_layouts_and_in_a_compiled_function(name: str) -> None:
     x, y, *parameters = make_inputs((4, 8), DTYPES["f32"])
-    both = {"overwrite_x": True, "overwrite_y": True}
-    kept = x.clone(), y.clone()
-    strided = torch.randn(8, 4).T
-    shared = torch.randn(4, 8)
-    expected = residual_scale_norm(shared.clone(), shared.clone(), *parameters)
-    with vggt_mv_ext.backend("reference"):
-        residual_scale_norm(x, y, *parameters, **both)
-    residual_scale_norm(x, y, parameters[0].clone().requires_grad_(), *parameters[1:], **both)
-    torch.compile(lambda a, b: residual_scale_norm(a, b, *parameters, **both), backend="aot_eager", fullgraph=True)(
-        x, y
-    )
-    assert torch.equal(x, kept[0])
-    assert torch.equal(y, kept[1])
-    before = strided.clone()
-    residual_scale_norm(x, strided, *parameters, **both)
-    assert torch.equal(strided, before)
-    assert torch.equal(x, kept[0])
-    for got, want in zip(residual_scale_norm(shared, shared, *parameters, **both), expected, strict=True):
-        assert torch.equal(got, want)
+
+    def fill(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(8, 4).T, torch.zeros(4, 16)[:, ::2]
+        residual_scale_norm(x, y, *parameters, out=out)
+        return out
+
+    with backend(name):
+        expected = residual_scale_norm(x, y, *parameters)
+        for function in (fill, torch.compile(fill, backend="aot_eager", fullgraph=True)):
+            for a, b in zip(function(x, y), expected, strict=True):
+                assert torch.equal(a, b)
+        residual_scale_norm(x, y, *parameters, out=(x, y))
+    assert torch.equal(x, expected[0])
+    assert torch.equal(y, expected[1])
+
+
+def test_out_under_autocast() -> None:
+    """Also with dtypes that only autocast takes together."""
+    for kinds in (DTYPES["f32+bf16"], (F16, BF16, F16)):
+        inputs = make_inputs((4, 8), kinds)
+        out = torch.zeros_like(inputs[0]), torch.zeros_like(inputs[1])
+        with torch.autocast("cpu", BF16):
+            expected = residual_scale_norm(*inputs)
+            residual_scale_norm(*inputs, out=out)
+        for a, b in zip(out, expected, strict=True):
+            assert torch.equal(a, b.to(a.dtype))
+
+
+def test_out_that_does_not_fit() -> None:
+    inputs = make_inputs((4, 8), DTYPES["f32+bf16"])
+    x, y = inputs[:2]
+    for out, error, message in (
+        (x, TypeError, r"out must be a tuple of two tensors, for residual and normed; got tensor"),
+        ((x,), TypeError, r"out must be a tuple of two tensors"),
+        ((x[:2], y), ValueError, r"out\[0\] must have shape of x = \[4, 8\], got \[2, 8\]"),
+        ((x, y.float()), TypeError, r"out\[1\] must have the dtype of y, bfloat16 \[4, 8\]; got float32 \[4, 8\]"),
+        ((x, y.to("meta")), ValueError, r"out\[1\] must be on the device of y, cpu; it is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            residual_scale_norm(*inputs, out=out)  # type: ignore[arg-type]
+    kept = x.clone()
+    with pytest.raises(RuntimeError, match="out must be None while gradients are recorded"):
+        residual_scale_norm(x, y, inputs[2].requires_grad_(), *inputs[3:], out=(x, y))
+    assert torch.equal(x, kept)
 
 
 @every_isa

@@ -28,8 +28,7 @@ def residual_scale_norm(
     bias: Tensor,
     eps: float = 1e-5,
     *,
-    overwrite_x: bool = False,
-    overwrite_y: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Adds a scaled branch to the residual stream and normalises the sum for the next layer.
 
@@ -48,18 +47,19 @@ def residual_scale_norm(
         weight: LayerNorm's weight, `[C]`.
         bias: LayerNorm's bias, `[C]`. All three have one dtype, that of x or float32.
         eps: added to the variance, at least 0.
-        overwrite_x: `residual` may take x's memory, so that x must not be used again. It does where the CPU kernel runs
-            on contiguous tensors, no gradient is recorded and nothing is being compiled; otherwise nothing changes.
-            Fresh memory costs a CPU several times what the operator does: the system hands it out page by page.
-        overwrite_y: `normed` may take y's memory, likewise.
+        out: where `residual` and `normed` are written, tensors of their shapes, dtypes and device that overlap nothing
+            else; x itself may take `residual` and y itself `normed`. Not while gradients are recorded. Fresh memory
+            costs a CPU several times what the operator does: the system hands it out page by page.
 
     Returns:
-        `residual` in x's dtype and `normed` in y's dtype, both contiguous and shaped like x. Under autocast dtypes are
-        kept, save that x is widened to a y that it cannot hold and parameters of another dtype become float32.
+        `residual` in x's dtype and `normed` in y's dtype, shaped like x: the tensors of `out`, else contiguous ones.
+        Under autocast dtypes are kept, save that x is widened to a y that it cannot hold and parameters of another
+        dtype become float32.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes do not go together.
         ValueError: shapes or devices do not go together, or eps is negative.
+        RuntimeError: `out` is given and gradients are recorded.
 
     Source:
         LayerNorm: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); LayerScale: Touvron et al. 2021 (arXiv:2103.17239).
@@ -74,22 +74,16 @@ def residual_scale_norm(
         >>> normed.round(decimals=3).tolist()
         [[-1.0, 1.0, -1.0, 1.0], [-1.0, -1.0, 1.0, 1.0]]
     """
-    if not _fits(x, y, gamma, weight, bias, eps):
+    fits = _fits(x, y, gamma, weight, bias, eps)
+    if not fits:
         _check(x, y, gamma, weight, bias, eps, any_dtypes=_common.autocast_may_cast(x))
-    elif (overwrite_x or overwrite_y) and _may_overwrite(x, y, gamma, weight, bias):
-        residual = x if overwrite_x else torch.empty_like(x)
-        normed = y if overwrite_y else torch.empty_like(y)
-        torch.ops.vggt_mv.residual_scale_norm_out(x, y, gamma, weight, bias, eps, residual, normed)
-        return residual, normed
+    if out is not None:
+        _check_out(out, x, y, gamma, weight, bias)
+        if fits:
+            torch.ops.vggt_mv.residual_scale_norm_out(x, y, gamma, weight, bias, eps, *out)
+            return out
     residual, normed, _, _ = torch.ops.vggt_mv.residual_scale_norm(x, y, gamma, weight, bias, eps)
-    return residual, normed
-
-
-def _may_overwrite(x: Tensor, y: Tensor, *parameters: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (x.is_contiguous() and y.is_contiguous()) or choose(OPERATOR, x) != "cpu":
-        return False
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, y, *parameters))
-    return not recorded and x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
+    return (residual, normed) if out is None else (out[0].copy_(residual), out[1].copy_(normed))
 
 
 _DTYPES = frozenset(
@@ -117,6 +111,18 @@ def _fits(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps
         )
     except (AttributeError, TypeError):
         return False
+
+
+def _check_out(out: tuple[Tensor, Tensor], x: Tensor, y: Tensor, *parameters: Tensor) -> None:
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"{NAME}: out must be a tuple of two tensors, for residual and normed; got {out!r}")
+    for name, to, like_name, like in (("out[0]", out[0], "x", x), ("out[1]", out[1], "y", y)):
+        _common.check_tensor(NAME, name, to)
+        _common.check_shape(NAME, name, to, like.shape, f"of {like_name}")
+        _common.check_same_dtype(NAME, name, to, like_name, like)
+        _common.check_device(NAME, name, to, like_name, like)
+    if _common.is_recorded(x, y, *parameters, *out):
+        raise RuntimeError(f"{NAME}: out must be None while gradients are recorded")
 
 
 def _check(

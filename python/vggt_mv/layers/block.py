@@ -8,12 +8,13 @@ from typing import overload
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from vggt_mv.layers import pieces
 from vggt_mv.layers.attention import Attention
 from vggt_mv.layers.drop_path import DropPath
 from vggt_mv.layers.grid import GridContext
 from vggt_mv.layers.layer_scale import LayerScale
 from vggt_mv.layers.mlp import Mlp
-from vggt_mv_ext import residual_scale_norm
+from vggt_mv.layers.residual import add_and_norm
 
 __all__ = ["Block", "norm1", "run_block"]
 
@@ -24,56 +25,22 @@ MLP_TOKENS = 16384
 
 
 def _run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """``mlp(x)``, in inference by pieces of `MLP_TOKENS` tokens, which share the memory of the hidden layer.
+    """``mlp(x)``, in inference on `MLP_TOKENS` tokens at a time, which share the memory of the hidden layer.
 
-    Hooks on the MLP see it whole, and so its input; those on its parts see the pieces.
+    Hooks on the MLP see it whole, and so its input; those on its parts see as many tokens as run at a time.
     """
     tokens = x.numel() // x.shape[-1]
     hooked = mlp._forward_hooks or mlp._forward_pre_hooks
     if tokens <= MLP_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked:
         return mlp(x)
-    pieces = x.reshape(tokens, x.shape[-1]).split(MLP_TOKENS)
-    first = mlp(pieces[0])
+    parts = x.reshape(tokens, x.shape[-1]).split(MLP_TOKENS)
+    first = mlp(parts[0])
     y = first.new_empty(tokens, first.shape[-1])
     y[:MLP_TOKENS] = first
     del first
-    for i, piece in enumerate(pieces[1:], 1):
-        y[i * MLP_TOKENS : (i + 1) * MLP_TOKENS] = mlp(piece)
+    for i, part in enumerate(parts[1:], 1):
+        y[i * MLP_TOKENS : (i + 1) * MLP_TOKENS] = mlp(part)
     return y.view(*x.shape[:-1], -1)
-
-
-def _is_seen(module: nn.Module) -> bool:
-    """Whether somebody may still hold what the module gave: a hook, or a module that is not this package's."""
-    parts = (module, module.proj) if type(module) is Attention else (module, getattr(module, "fc2", module))
-    return type(module) not in (Attention, Mlp) or any(part._forward_hooks for part in parts)
-
-
-def _add_and_norm(
-    x: Tensor,
-    y: Tensor,
-    scale: nn.Module,
-    drop_path: DropPath,
-    norm: nn.Module,
-    *,
-    overwrite_x: bool = False,
-    overwrite_y: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``x' = x + drop_path(scale(y))`` and ``norm(x')``, in one pass over the tokens where that is possible.
-
-    That pass reads the parameters of `scale` and `norm` directly: forward hooks on those two modules see nothing of it.
-    """
-    if (
-        isinstance(scale, LayerScale)
-        and isinstance(norm, nn.LayerNorm)
-        and norm.elementwise_affine
-        and norm.bias is not None
-        and not drop_path.active
-    ):
-        return residual_scale_norm(
-            x, y, scale.gamma, norm.weight, norm.bias, norm.eps, overwrite_x=overwrite_x, overwrite_y=overwrite_y
-        )
-    x = x + drop_path(scale(y))
-    return x, norm(x)
 
 
 class Block(nn.Module):
@@ -172,24 +139,26 @@ class Block(nn.Module):
         """
         if normed is None:
             normed = self.norm1(x)
-        y = self.attn(normed, pos=pos) if grid is None else self.attn(normed, grid=grid)
-        x, normed = self.finish(x, y, next_norm)
-        return x if grid is None else (x, normed)
+        if grid is None:
+            return self.finish(x, self.attn(normed, pos=pos), None)[0]
+        if pieces.fits(self, x, next_norm):
+            return pieces.run(self, x, normed, grid, next_norm)
+        return self.finish(x, self.attn(normed, grid=grid), next_norm)
 
     def finish(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """From the attention's result `y`, which is used up, to the block's: both residual additions and the MLP."""
-        x, normed = _add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2, overwrite_y=not _is_seen(self.attn))
+        if pieces.fits(self, x, next_norm):
+            return pieces.finish(self, x, y, next_norm)
+        x, normed = add_and_norm(x, y, self.ls1, self.drop_path1, self.norm2)
         y = _run_mlp(self.mlp, normed)
-        if next_norm is not None:  # x is this block's own by now
-            return _add_and_norm(
-                x, y, self.ls2, self.drop_path2, next_norm, overwrite_x=True, overwrite_y=not _is_seen(self.mlp)
-            )
+        if next_norm is not None:
+            return add_and_norm(x, y, self.ls2, self.drop_path2, next_norm)
         return x + self.drop_path2(self.ls2(y)), None
 
     def add_attention(self, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """``x + ls1(y)``, the first residual addition alone, and ``next_norm`` of it if that is given."""
         if next_norm is not None:
-            return _add_and_norm(x, y, self.ls1, self.drop_path1, next_norm)
+            return add_and_norm(x, y, self.ls1, self.drop_path1, next_norm)
         return x + self.drop_path1(self.ls1(y)), None
 
 
