@@ -167,6 +167,15 @@ def test_only_outputs_that_heads_read_are_kept(tiny_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("frames", "times"), [((1,), 0), ((1, 1), 0), ((2,), 2), ((2, 1), 2)], ids=str)
+def test_kept_memory_is_given_back_for_several_frames(tiny_model, monkeypatch, frames, times):
+    calls = []
+    monkeypatch.setattr("vggt_mv.weights.pages.trim_kept", lambda: calls.append(1))
+    tiny_model(VGGT_MV)(_images(1, *frames))
+    assert len(calls) == times
+
+
+@torch.no_grad()
 def test_progress_names_every_stage(tiny_model):
     calls = []
     tiny_model(VGGT_MV)(_images(1, 2, 2), QUERIES, on_stage=lambda *call: calls.append(call))

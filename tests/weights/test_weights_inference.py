@@ -194,7 +194,9 @@ def test_a_strided_convolution_is_packed() -> None:
 _ALLOCATE = """
 import ctypes, resource, sys
 from torch import nn
-from vggt_mv.weights import optimize_for_inference
+from vggt_mv.weights import optimize_for_inference, pages
+def resident():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 optimize_for_inference(nn.Identity(), keep_freed=sys.argv[1] == "keep")
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -210,16 +212,21 @@ several()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 several()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+before = resident()
+pages.trim_kept()
+print(before - resident())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc keeps memory")
 def test_freed_memory_is_kept() -> None:
-    faults = {}
+    faults, given_back = {}, {}
     for choice in ("keep", "leave"):
         done = subprocess.run([sys.executable, "-c", _ALLOCATE, choice], capture_output=True, text=True, check=True)
-        faults[choice] = int(done.stdout)
+        faults[choice], given_back[choice] = map(int, done.stdout.split())
     assert faults["keep"] < 50 <= faults["leave"]  # pages of 4 KiB or 2 MiB
+    assert given_back["keep"] > 150 << 20  # of 192 MiB
+    assert given_back["leave"] < 10 << 20
 
 
 def test_errors() -> None:

@@ -18,6 +18,7 @@ from vggt_mv.models.aggregator import Aggregator
 from vggt_mv.models.hub import PretrainedModel
 from vggt_mv.models.inputs import check_image_values, check_images, check_mask_values
 from vggt_mv.models.options import StageCallback, check_option_names, check_option_types, parameter_names
+from vggt_mv.weights import pages
 from vggt_mv.weights.inference import InferenceReport, optimize_for_inference
 
 __all__ = ["VGGTBase"]
@@ -126,6 +127,10 @@ class VGGTBase(PretrainedModel):
             }
         dense = {layer for name, layer in self._layers_read(tracks=query_points is not None) if name != "camera_head"}
         last = {layer for name, layer in self._layers_read() if name == "camera_head"}
+        # Memory that one frame leaves is kept for the next one. Several frames have tensors of so many sizes that what
+        # is kept would have room for few of them, and add to the peak.
+        if several := sequence.shape[:2].numel() > 1:
+            pages.trim_kept()
         outputs, patch_start_idx, *rest = self.aggregator(
             sequence if joint else images,
             keep_outputs=dense if self.aggregator.enable_dual_stream else dense | last,
@@ -137,6 +142,8 @@ class VGGTBase(PretrainedModel):
         extras = (rest[0] if rest else None) or {}
         # The heads know one sequence, t-major. Cameras are the pose stream's business.
         outputs, pose = ([_flatten(x) for x in stream] for stream in (outputs, extras.get("pose", outputs)))
+        if several:
+            pages.trim_kept()
         # Depth and cameras are regressed: 16 bits would cost accuracy where there is little time to win.
         with without_autocast(images.device):
             predictions = self._run_heads(outputs, pose, sequence, patch_start_idx, query_points, on_stage)

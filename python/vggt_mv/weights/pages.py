@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
-__all__ = ["clean_file_views", "drop", "keep_freed", "read_ahead", "trim"]
+__all__ = ["clean_file_views", "drop", "keep_freed", "read_ahead", "trim", "trim_kept"]
 
 _WILLNEED: Final = 3  # MADV_* of Linux
 _DONTNEED: Final = 4
@@ -19,6 +20,7 @@ _M_TRIM_THRESHOLD: Final = -1  # of glibc's mallopt
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT_BYTES: Final = 1 << 30
 _MAPPED_BYTES: Final = 32 << 20  # the most that glibc takes
+_keeps_freed = False  # by this process
 _VIEW: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
 
 
@@ -51,7 +53,15 @@ def keep_freed() -> bool:
     """
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    global _keeps_freed
+    _keeps_freed = bool(libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return _keeps_freed
+
+
+def trim_kept() -> None:
+    """Give back what is kept since `keep_freed`: before work whose tensors have other sizes, and so no room in it."""
+    if _keeps_freed and not torch.compiler.is_compiling():
+        trim()
 
 
 def clean_file_views() -> list[tuple[int, int]]:
