@@ -159,7 +159,21 @@ class _OtherAttention(Attention):
 
 
 @pytest.mark.parametrize(
-    "why", ["recorded", "hook", "pre-hook", "layout", "scale", "norm", "next norm", "mlp", "attention", "drop path"]
+    "why",
+    [
+        "recorded",
+        "hook",
+        "pre-hook",
+        "layout",
+        "scale",
+        "norm",
+        "next norm",
+        "mlp",
+        "hidden layer",
+        "attention",
+        "projection",
+        "drop path",
+    ],
 )
 def test_what_does_not_fit_is_left_to_the_plain_form(randomize, rows, seen, why):
     options: dict[str, dict[str, Any]] = {
@@ -177,6 +191,10 @@ def test_what_does_not_fit_is_left_to_the_plain_form(randomize, rows, seen, why)
         x = x.transpose(1, 2)
     elif why == "scale":
         block.ls2 = nn.Identity()
+    elif why == "hidden layer":
+        block.mlp.fc1 = nn.Sequential(block.mlp.fc1)
+    elif why == "projection":
+        block.attn.proj = nn.Sequential(block.attn.proj)
     elif why == "next norm":
         next_norm = nn.RMSNorm(C)
     block.train(why == "drop path")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vggt_mv.layers.attention import Attention
 from vggt_mv.layers.grid import GridContext
+from vggt_mv.layers.linear import Linear
 from vggt_mv.layers.mlp import Mlp
 from vggt_mv.layers.residual import add_and_norm, is_fused
 
@@ -46,7 +47,9 @@ def fits(block: Block, x: Tensor, next_norm: nn.Module | None) -> bool:
         and x.is_contiguous()
         and x.dtype in (torch.float32, _branch_dtype(x))
         and type(block.attn) is Attention
+        and type(block.attn.proj) is Linear
         and type(block.mlp) is Mlp
+        and type(block.mlp.fc1) is Linear
         and is_fused(block.ls1, block.drop_path1, block.norm2)
         and is_fused(block.ls2, block.drop_path2, block.norm2 if next_norm is None else next_norm)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
@@ -109,7 +112,7 @@ def _finish(
 def _rows(block: Block, x: Tensor) -> int:
     """Tokens of a piece."""
     assert isinstance(block.mlp, Mlp)
-    features = max(block.attn.qkv.out_features, block.mlp.fc1.out_features)
+    features = max(3 * block.attn.num_heads * block.attn.head_dim, block.mlp.fc1.out_features)
     return max(_BYTES // (features * _branch_dtype(x).itemsize), _ROWS_PER_THREAD * torch.get_num_threads())
 
 
