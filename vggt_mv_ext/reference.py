@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def residual_scale_norm(
@@ -159,6 +160,19 @@ def append_bias_features(
 SEQUENCE_DIMS = {"frame": (0, 1, 2), "view": (0, 1), "time": (0, 2), "global": (0,)}
 
 
+def in_forward_mode() -> bool:
+    """Whether tangents may go through a call (`torch.func.jvp`, `forward_ad`): an operator would drop them silently."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's, for tangents in the one of its forms that has a rule for them."""
+    if in_forward_mode():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def alternating_attention(
     qkv: Tensor,
     axis: str,
@@ -181,7 +195,7 @@ def alternating_attention(
     def to_sequences(x: Tensor) -> Tensor:  # [B, T, N, P, h, d] -> [sequences, h, length, d]
         return x.permute(*order, 4, 5).flatten(len(outer), 3).flatten(0, len(outer) - 1).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(to_sequences(q), to_sequences(k), to_sequences(v), scale=scale)
+    out = softmax_attention(to_sequences(q), to_sequences(k), to_sequences(v), scale)
     out = out[..., :width].transpose(1, 2).reshape(*[sizes[d] for d in order], heads * width)
     return out.permute(*[order.index(d) for d in range(4)], 4).contiguous()
 
@@ -212,7 +226,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: floa
     if key_bias is not None:
         q, k, v = append_bias_features(q, k, v, key_bias, key_bias.new_ones(q.shape[:2]), scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :width].transpose(1, 2).flatten(2)
+    return softmax_attention(q, k, v, scale)[..., :width].transpose(1, 2).flatten(2)
 
 
 def memory_write(

@@ -167,12 +167,17 @@ def test_only_outputs_that_heads_read_are_kept(tiny_model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("frames", "times"), [((1,), 0), ((1, 1), 0), ((2,), 2), ((2, 1), 2)], ids=str)
-def test_kept_memory_is_given_back_for_several_frames(tiny_model, monkeypatch, frames, times):
+@pytest.mark.parametrize("frames", [(1,), (1, 1), (2,), (2, 1)], ids=str)
+def test_kept_memory_is_given_back_for_several_frames(tiny_model, monkeypatch, frames):
+    """Before the aggregator, and between it and the heads."""
     calls = []
-    monkeypatch.setattr("vggt_mv.weights.pages.trim_kept", lambda: calls.append(1))
-    tiny_model(VGGT_MV)(_images(1, *frames))
-    assert len(calls) == times
+    monkeypatch.setattr("vggt_mv.weights.pages.trim_kept", lambda: calls.append("trim"))
+    tiny_model(VGGT_MV)(_images(1, *frames), on_stage=lambda stage, *_: calls.append(stage))
+    trims = ["trim"] if 2 in frames else []
+    assert calls[:1] == (trims or ["patch_embed"])
+    assert calls.count("trim") == 2 * len(trims)
+    if trims:
+        assert calls[calls.index("camera") - 1] == "trim"
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_how_large_the_pieces_are(randomize, rows, seen, axis, attention):
     assert seen == [("attn", 84), ("mlp", 84)]
 
 
+def test_queries_keys_and_values_may_be_the_widest(randomize, rows, seen):
+    block = _block(randomize, mlp_ratio=1)
+    rows(20)  # of four times C; of three times C they are 26
+    with torch.no_grad():
+        block(torch.randn(SHAPE), grid=_context("frame"), normed=None, next_norm=None)
+    assert [tokens for name, tokens in seen if name == "attn"] == [21] * 4
+
+
 def test_every_thread_has_its_rows(randomize, rows, seen, monkeypatch):
     rows(1)
     monkeypatch.setattr(pieces, "_ROWS_PER_THREAD", 30)
@@ -149,68 +158,102 @@ def test_sequences_and_no_frames(randomize, rel, rows, seen):
     rows(7)
     assert rel(block(x), whole) < 1e-6
     assert [tokens for name, tokens in seen if name == "mlp"] == [7, 7, 7, 7, 2]
-    nothing = torch.zeros(0, 3, 2, TOKENS, C)
-    y, normed = block(nothing, grid=_context("frame"), normed=None, next_norm=block.norm1)
-    assert y.shape == normed.shape == nothing.shape
+    for shape, axis in (((0, 3, 2, TOKENS, C), "frame"), ((2, 0, 2, TOKENS, C), "global")):
+        y, normed = block(torch.zeros(shape), grid=_context(axis), normed=None, next_norm=block.norm1)
+        assert y.shape == normed.shape == shape
 
 
 class _OtherAttention(Attention):
     pass
 
 
-@pytest.mark.parametrize(
-    "why",
-    [
-        "recorded",
-        "hook",
-        "pre-hook",
-        "layout",
-        "scale",
-        "norm",
-        "next norm",
-        "mlp",
-        "hidden layer",
-        "attention",
-        "projection",
-        "drop path",
-    ],
-)
+class _OtherDropout(nn.Identity):
+    pass
+
+
+# Why a block goes in the plain form: options of the block, and what is done to it.
+UNFIT: dict[str, tuple[dict[str, Any], Callable[[Block], Any]]] = {
+    "recorded": ({}, lambda block: None),
+    "layout": ({}, lambda block: None),
+    "next norm": ({}, lambda block: None),
+    "hook": ({}, lambda block: block.mlp.fc1.register_forward_hook(lambda *_: None)),
+    "pre-hook": ({}, lambda block: block.attn.proj.register_forward_pre_hook(lambda *_: None)),
+    "scale": ({}, lambda block: setattr(block, "ls2", nn.Identity())),
+    "wide scale": ({}, lambda block: block.ls2.double()),
+    "norm": ({"norm_layer": nn.RMSNorm}, lambda block: None),
+    "mlp": ({"ffn_layer": SwiGLUFFN}, lambda block: None),
+    "attention": ({"attn_class": _OtherAttention}, lambda block: None),
+    "qkv": ({}, lambda block: setattr(block.attn, "qkv", nn.Sequential(block.attn.qkv))),
+    "projection": ({}, lambda block: setattr(block.attn, "proj", nn.Sequential(block.attn.proj))),
+    "hidden layer": ({}, lambda block: setattr(block.mlp, "fc1", nn.Sequential(block.mlp.fc1))),
+    "second layer": ({}, lambda block: setattr(block.mlp, "fc2", nn.Sequential(block.mlp.fc2))),
+    "after the projection": ({}, lambda block: setattr(block.attn, "proj_drop", _OtherDropout())),
+    "in the mlp": ({}, lambda block: setattr(block.mlp, "drop", _OtherDropout())),
+    "drop path": ({"drop_path": 0.5}, lambda block: block.train()),
+    "dropout": ({"drop": 0.5}, lambda block: block.train()),
+}
+
+
+@pytest.mark.parametrize("why", UNFIT)
 def test_what_does_not_fit_is_left_to_the_plain_form(randomize, rows, seen, why):
-    options: dict[str, dict[str, Any]] = {
-        "norm": {"norm_layer": nn.RMSNorm},
-        "mlp": {"ffn_layer": SwiGLUFFN},
-        "attention": {"attn_class": _OtherAttention},
-        "drop path": {"drop_path": 0.5},
-    }
-    block, x, next_norm = _block(randomize, **options.get(why, {})), torch.randn(SHAPE), nn.LayerNorm(C)
-    if why == "hook":
-        block.mlp.fc1.register_forward_hook(lambda *_: None)
-    elif why == "pre-hook":
-        block.attn.proj.register_forward_pre_hook(lambda *_: None)
-    elif why == "layout":
+    options, change = UNFIT[why]
+    block, x, next_norm = _block(randomize, **options), torch.randn(SHAPE), nn.LayerNorm(C)
+    with torch.no_grad():
+        assert pieces.fits(_block(randomize), x, next_norm)
+    change(block)
+    if why == "layout":
         x = x.transpose(1, 2)
-    elif why == "scale":
-        block.ls2 = nn.Identity()
-    elif why == "hidden layer":
-        block.mlp.fc1 = nn.Sequential(block.mlp.fc1)
-    elif why == "projection":
-        block.attn.proj = nn.Sequential(block.attn.proj)
     elif why == "next norm":
         next_norm = nn.RMSNorm(C)
-    block.train(why == "drop path")
     rows(7)
     with torch.set_grad_enabled(why == "recorded"):
         assert not pieces.fits(block, x, next_norm)
-        block(x, grid=_context("frame"), normed=None, next_norm=next_norm)
+        if why != "wide scale":  # no block runs with it
+            block(x, grid=_context("frame"), normed=None, next_norm=next_norm)
     assert all(tokens == 84 for _, tokens in seen)
 
 
-def test_a_compiled_block_is_the_plain_form(randomize, rel, rows):
+@torch.no_grad()
+def test_other_devices_other_dtypes_and_global_hooks_do_not_fit(randomize):
+    block, x = _block(randomize), torch.randn(SHAPE)
+    assert pieces.fits(block, x, None)
+    assert not pieces.fits(block, x.to("meta"), None)
+    with torch.autocast("cpu", torch.float16):
+        assert pieces.fits(block, x, None)
+        assert not pieces.fits(block, x.to(torch.bfloat16), None)
+    module = torch.nn.modules.module
+    for register in (module.register_module_forward_hook, module.register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert not pieces.fits(block, x, None)
+        handle.remove()
+    assert pieces.fits(block, x, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["axis", "tokens", "key_bias", "row_gate"])
+def test_what_is_wrong_is_found_as_in_one_piece(randomize, rows, name):
+    block, x, context = _block(randomize), torch.randn(SHAPE), _context("frame")
+    if name == "axis":
+        context, message = replace(context, axis="nope"), "axis must be one of frame, view, time, global; got 'nope'"
+    elif name == "tokens":
+        x, message = x[0, 0], r"must have shape \[B, T, N, P"
+    else:
+        wrong = torch.zeros(4, *SHAPE[1:-1])  # of a larger batch: cut up, its first half would seem right
+        biases = {"key_bias": torch.zeros(SHAPE[:-1]), name: wrong}
+        context, message = replace(context, **biases), rf"{name} must have shape .*, got \[4, 3, 2, 7\]"
+    rows(7)
+    with pytest.raises(ValueError, match=message):
+        block(x, grid=context, normed=None, next_norm=None)
+
+
+def test_a_compiled_block_is_the_plain_form(randomize, rel, rows, seen):
     block, x = _block(randomize), torch.randn(SHAPE)
     rows(7)
     call = partial(block, grid=_context("frame"), normed=None, next_norm=block.norm1)
     with torch.no_grad():
-        for a, b in zip(torch.compile(call, backend="eager")(x), call(x), strict=True):
+        compiled = torch.compile(call, backend="eager", fullgraph=True)(x)
+        assert seen == [("attn", 84), ("mlp", 84)]
+        for a, b in zip(compiled, call(x), strict=True):
             assert rel(a, b) < 1e-6
 
 
@@ -218,17 +261,33 @@ def test_a_compiled_block_is_the_plain_form(randomize, rel, rows):
 @pytest.mark.parametrize("grid", [(4,), (2, 2)], ids=["sequence", "times x views"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"enable_spatial_mask": True, "mask_layer": 1}, {"enable_dual_stream": True}, {"enable_sparse_global": True}],
-    ids=["one stream", "mask", "two streams", "sparse"],
+    [
+        {},
+        {"enable_spatial_mask": True, "mask_layer": 1},
+        {"enable_dual_stream": True},
+        {"enable_sparse_global": True},
+        {"enable_dual_stream": True, "enable_sparse_global": True},
+    ],
+    ids=["one stream", "mask", "two streams", "sparse", "two streams, sparse"],
 )
-def test_whole_aggregators(tiny_aggregator, rel, rows, seen, grid, options):
+def test_whole_aggregators(tiny_aggregator, rel, rows, seen, monkeypatch, grid, options):
     aggregator = tiny_aggregator(**options)
     images, given = torch.rand(1, *grid, 3, 28, 42), torch.rand(1, *grid, 28, 42)
-    rows(10_000)
-    whole = aggregator(images, dynamic_mask=given)
+    with monkeypatch.context() as plain:
+        plain.setattr(pieces, "fits", lambda *_: False)
+        whole = aggregator(images, dynamic_mask=given)
     calls = len(seen)
     rows(7)
     got = aggregator(images, dynamic_mask=given)
     assert len(seen) > 2 * calls
-    for a, b in zip(got[0], whole[0], strict=True):
+    results, expected = (_tensors_in(outputs) for outputs in (got, whole))
+    assert len(results) >= aggregator.depth * (2 if "enable_dual_stream" in options else 1)
+    for a, b in zip(results, expected, strict=True):
         assert rel(a, b) < 1e-5
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in values for tensor in _tensors_in(item)]

@@ -147,16 +147,17 @@ def test_out(isa: str, dtypes: tuple[torch.dtype, ...], features: int, over: tup
 def test_out_of_other_layouts_and_in_a_compiled_function(name: str) -> None:
     x, y, *parameters = make_inputs((4, 8), DTYPES["f32"])
 
-    def fill(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.zeros(8, 4).T, torch.zeros(4, 16)[:, ::2]
-        residual_scale_norm(x, y, *parameters, out=out)
-        return out
+    def fill(x: Tensor, y: Tensor, strided: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        a, b = (torch.zeros(8, 4).T if other else torch.zeros(4, 8) for other in strided)
+        residual_scale_norm(x, y, *parameters, out=(a, b))
+        return a, b
 
     with backend(name):
         expected = residual_scale_norm(x, y, *parameters)
         for function in (fill, torch.compile(fill, backend="aot_eager", fullgraph=True)):
-            for a, b in zip(function(x, y), expected, strict=True):
-                assert torch.equal(a, b)
+            for strided in ((True, True), (True, False), (False, True), (False, False)):
+                for a, b in zip(function(x, y, strided), expected, strict=True):
+                    assert torch.equal(a, b)
         residual_scale_norm(x, y, *parameters, out=(x, y))
     assert torch.equal(x, expected[0])
     assert torch.equal(y, expected[1])
@@ -178,7 +179,7 @@ def test_out_that_does_not_fit() -> None:
     inputs = make_inputs((4, 8), DTYPES["f32+bf16"])
     x, y = inputs[:2]
     for out, error, message in (
-        (x, TypeError, r"out must be a tuple of two tensors, for residual and normed; got tensor"),
+        (x, TypeError, r"out must be a tuple of two tensors, got Tensor"),
         ((x,), TypeError, r"out must be a tuple of two tensors"),
         ((x[:2], y), ValueError, r"out\[0\] must have shape of x = \[4, 8\], got \[2, 8\]"),
         ((x, y.float()), TypeError, r"out\[1\] must have the dtype of y, bfloat16 \[4, 8\]; got float32 \[4, 8\]"),
@@ -187,6 +188,8 @@ def test_out_that_does_not_fit() -> None:
         with pytest.raises(error, match=message):
             residual_scale_norm(*inputs, out=out)  # type: ignore[arg-type]
     kept = x.clone()
+    with pytest.raises(RuntimeError, match="out must be None while gradients are recorded"):
+        residual_scale_norm(*inputs, out=(torch.zeros_like(x).requires_grad_(), y))
     with pytest.raises(RuntimeError, match="out must be None while gradients are recorded"):
         residual_scale_norm(x, y, inputs[2].requires_grad_(), *inputs[3:], out=(x, y))
     assert torch.equal(x, kept)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import accumulation_dtype
+from .. import reference
 
 LIBRARY = torch.library.Library("vggt_mv", "DEF")
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -172,7 +172,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return (
         any(type(tensor) not in (Tensor, torch.nn.Parameter, type(None)) for tensor in tensors)
         or torch._C._functorch.maybe_current_level() is not None  # vmap, jvp, grad of torch.func
-        or torch.autograd.forward_ad._current_level >= 0
+        or reference.in_forward_mode()
     )
 
 
@@ -208,7 +208,7 @@ def check_same_dtype(operator: str, name: str, tensor: Tensor, first_name: str, 
 
 def check_wide(operator: str, name: str, tensor: Tensor, qkv_name: str, qkv: Tensor) -> None:
     """Raises TypeError unless `tensor`, a part of the logits, has the dtype in which they are computed."""
-    wide = accumulation_dtype(qkv.dtype)
+    wide = reference.accumulation_dtype(qkv.dtype)
     if tensor.dtype != wide:
         raise TypeError(
             f"{operator}: {name} must be {str(wide).removeprefix('torch.')} with a {qkv_name} {describe(qkv)}; "

@@ -69,6 +69,8 @@ def alternating_attention(
         [3.0, 3.0, 3.0, 3.0]
     """
     _check(qkv, axis, key_bias, row_gate, scale, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return _reference((qkv, key_bias, row_gate), axis, scale)
     out, _ = torch.ops.vggt_mv.alternating_attention(qkv, axis, key_bias, row_gate, scale)
     return out
 

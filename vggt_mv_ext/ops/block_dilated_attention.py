@@ -59,6 +59,8 @@ def block_dilated_attention(
         [1.5, 3.0, 4.0]
     """
     _check(qkv, neighbours, key_bias, scale, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return reference.block_dilated_attention(qkv, neighbours, key_bias=key_bias, scale=scale)
     out, _ = torch.ops.vggt_mv.block_dilated_attention(qkv, neighbours, key_bias, scale)
     return out
 

@@ -75,6 +75,8 @@ def dual_stream_attention(
     """
     any_dtypes = _common.autocast_may_cast(qkv_pose)
     _check(qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale, any_dtypes=any_dtypes)
+    if reference.in_forward_mode():
+        return _reference((qkv_pose, qkv_geo, mask, lambda_pose, lambda_geo), axis, scale)
     pose, geo, _, _ = torch.ops.vggt_mv.dual_stream_attention(
         qkv_pose, qkv_geo, axis, mask, lambda_pose, lambda_geo, scale
     )

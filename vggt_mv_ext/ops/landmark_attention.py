@@ -54,6 +54,8 @@ def landmark_attention(
         [3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
     """
     _check(qkv, landmarks, key_bias, scale, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return reference.landmark_attention(qkv, landmarks, key_bias=key_bias, scale=scale)
     out, _ = torch.ops.vggt_mv.landmark_attention(qkv, landmarks, key_bias, scale)
     return out
 

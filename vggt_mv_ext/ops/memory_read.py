@@ -48,6 +48,8 @@ def memory_read(qkv: Tensor, memory_qkv: Tensor, *, scale: float | None = None) 
         [2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     """
     _check(qkv, memory_qkv, scale, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return reference.memory_read(qkv, memory_qkv, scale=scale)
     out, _ = torch.ops.vggt_mv.memory_read(qkv, memory_qkv, scale)
     return out
 

@@ -52,6 +52,8 @@ def memory_write(
         [[3.0, 3.0]]
     """
     _check(qkv, memory_qkv, key_bias, scale, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return reference.memory_write(qkv, memory_qkv, key_bias=key_bias, scale=scale)
     out, _ = torch.ops.vggt_mv.memory_write(qkv, memory_qkv, key_bias, scale)
     return out
 

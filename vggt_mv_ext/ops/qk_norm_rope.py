@@ -89,6 +89,8 @@ def qk_norm_rope(
     height, width = grid_hw
     arguments = (qkv, q_weight, q_bias, k_weight, k_bias, height, width, num_special, base, eps, special_position)
     _check(*arguments, any_dtypes=_common.autocast_may_cast(qkv))
+    if reference.in_forward_mode():
+        return _reference(arguments[:5], arguments[5:])
     if inplace and _may_overwrite(*arguments[:5]):
         torch.ops.vggt_mv.qk_norm_rope_(*arguments)
         return qkv

@@ -79,10 +79,13 @@ def residual_scale_norm(
         _check(x, y, gamma, weight, bias, eps, any_dtypes=_common.autocast_may_cast(x))
     if out is not None:
         _check_out(out, x, y, gamma, weight, bias)
-        if fits:
-            torch.ops.vggt_mv.residual_scale_norm_out(x, y, gamma, weight, bias, eps, *out)
-            return out
-    residual, normed, _, _ = torch.ops.vggt_mv.residual_scale_norm(x, y, gamma, weight, bias, eps)
+    if reference.in_forward_mode():
+        residual, normed = reference.residual_scale_norm(x, y, gamma, weight, bias, eps)
+    elif fits and out is not None:
+        torch.ops.vggt_mv.residual_scale_norm_out(x, y, gamma, weight, bias, eps, *out)
+        return out
+    else:
+        residual, normed, _, _ = torch.ops.vggt_mv.residual_scale_norm(x, y, gamma, weight, bias, eps)
     return (residual, normed) if out is None else (out[0].copy_(residual), out[1].copy_(normed))
 
 
@@ -115,7 +118,7 @@ def _fits(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, eps
 
 def _check_out(out: tuple[Tensor, Tensor], x: Tensor, y: Tensor, *parameters: Tensor) -> None:
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"{NAME}: out must be a tuple of two tensors, for residual and normed; got {out!r}")
+        raise TypeError(f"{NAME}: out must be a tuple of two tensors, got {type(out).__name__}")
     for name, to, like_name, like in (("out[0]", out[0], "x", x), ("out[1]", out[1], "y", y)):
         _common.check_tensor(NAME, name, to)
         _common.check_shape(NAME, name, to, like.shape, f"of {like_name}")

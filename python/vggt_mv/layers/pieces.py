@@ -7,9 +7,8 @@ piece writes its result where it belongs. Results are those of the plain form, u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from vggt_mv.layers.attention import Attention
 from vggt_mv.layers.grid import GridContext
+from vggt_mv.layers.layer_scale import LayerScale
 from vggt_mv.layers.linear import Linear
 from vggt_mv.layers.mlp import Mlp
 from vggt_mv.layers.residual import add_and_norm, is_fused
@@ -31,14 +31,15 @@ __all__ = ["finish", "fits", "run"]
 _BYTES: Final = 24 << 20
 _ROWS_PER_THREAD: Final = 512
 
-# Leading dimensions of ``[B, T, N, P, C]`` that count sequences, where each lies in one stretch of memory.
-_SEQUENCE_DIMS: Final = {"frame": 3, "view": 2, "time": 1, "global": 1}
+# Leading dimensions of ``[B, T, N, P, C]`` that no sequence of an axis reaches across: what can be cut.
+_APART: Final = {"frame": 3, "view": 2, "time": 1, "global": 1}
 
 
 def fits(block: Block, x: Tensor, next_norm: nn.Module | None) -> bool:
     """Whether `block` can go by pieces: in inference on a CPU, its parts are the usual ones and nobody observes them.
 
-    Pieces write over what parts of the block gave, which a hook might still hold.
+    Pieces write over what parts of the block gave, which a hook might still hold, and would draw dropout in another
+    order.
     """
     return (
         not torch.compiler.is_compiling()
@@ -47,12 +48,28 @@ def fits(block: Block, x: Tensor, next_norm: nn.Module | None) -> bool:
         and x.is_contiguous()
         and x.dtype in (torch.float32, _branch_dtype(x))
         and type(block.attn) is Attention
-        and type(block.attn.proj) is Linear
         and type(block.mlp) is Mlp
-        and type(block.mlp.fc1) is Linear
+        and all(type(part) is Linear for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+        and _does_nothing(block.attn.proj_drop)
+        and _does_nothing(block.mlp.drop)
         and is_fused(block.ls1, block.drop_path1, block.norm2)
         and is_fused(block.ls2, block.drop_path2, block.norm2 if next_norm is None else next_norm)
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
+        and isinstance(block.ls2, LayerScale)
+        and torch.promote_types(x.dtype, block.ls2.gamma.dtype) == x.dtype  # the last sum keeps it, too
+        and not _is_observed(block)
+    )
+
+
+def _does_nothing(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+
+
+def _is_observed(block: Block) -> bool:
+    everywhere = torch.nn.modules.module
+    return (
+        bool(everywhere._global_forward_hooks)
+        or bool(everywhere._global_forward_pre_hooks)
+        or any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
     )
 
 
@@ -60,30 +77,49 @@ def run(
     block: Block, x: Tensor, normed: Tensor, grid: GridContext, next_norm: nn.Module | None
 ) -> tuple[Tensor, Tensor | None]:
     """`Block.forward` on the token grid, where it `fits`; ``normed = norm1(x)``."""
-    dims = _SEQUENCE_DIMS[grid.axis]
-    tokens = x.shape[dims:-1].numel()  # of a sequence
-    count = max(_rows(block, x) // max(tokens, 1), 1)
-    if count >= x.shape[:dims].numel():
+    if not _can_be_cut(x, grid):
+        return finish(block, x, block.attn(normed, grid=grid), next_norm)  # or what is wrong with them
+    apart = _APART[grid.axis]
+    count = max(_rows(block, x) // max(x.shape[apart:-1].numel(), 1), 1)
+    if count >= x.shape[:apart].numel():
         return finish(block, x, block.attn(normed, grid=grid), next_norm)
     result = torch.empty_like(x)
     next_normed: Tensor | None = None
-    split = partial(_sequences, dims=dims, count=count)
-    for i, (x_part, normed_part, to) in enumerate(zip(split(x), split(normed), split(result), strict=True)):
-        y = block.attn(normed_part, grid=_grid_of(grid, i, split))
+    x_parts, normed_parts, result_parts = (_cut(tensor, apart, count) for tensor in (x, normed, result))
+    next_normed_parts: Sequence[Tensor] = ()
+    for i, part_of_grid in enumerate(_cut_grid(grid, apart, count, len(x_parts))):
+        y = block.attn(normed_parts[i], grid=part_of_grid)
         if next_norm is not None and next_normed is None:
             next_normed = y.new_empty(x.shape)
-        _finish(block, x_part, y, next_norm, to, y if next_normed is None else split(next_normed)[i])
+            next_normed_parts = _cut(next_normed, apart, count)
+        _finish(block, x_parts[i], y, next_norm, result_parts[i], next_normed_parts[i] if next_normed_parts else y)
     return result, next_normed
 
 
-def _grid_of(grid: GridContext, i: int, split: Callable[[Tensor], Sequence[Tensor]]) -> GridContext:
-    """What piece i has to know."""
-    key_bias, row_gate = grid.key_bias, grid.row_gate
-    if key_bias is not None:
-        key_bias = split(key_bias)[i]
-    if row_gate is not None and row_gate.dim() > 1:
-        row_gate = split(row_gate)[i]
-    return replace(grid, key_bias=key_bias, row_gate=row_gate)
+def _can_be_cut(x: Tensor, grid: GridContext) -> bool:
+    """Whether the arguments are as `GridContext` says: cut up, wrong ones might seem right."""
+    gate = grid.row_gate
+    return (
+        x.dim() == 5
+        and grid.axis in _APART
+        and (grid.key_bias is None or grid.key_bias.shape == x.shape[:-1])
+        and (gate is None or gate.dim() == 1 or gate.shape == x.shape[:-1])
+    )
+
+
+def _cut(tensor: Tensor, apart: int, count: int) -> Sequence[Tensor]:
+    """The tensor by `count` of what its first `apart` dimensions number: ``[count, 1, ..., rest]``, as many of them."""
+    parts = tensor.flatten(0, apart - 1).split(count)
+    return [part.unflatten(0, (-1, *[1] * (apart - 1))) for part in parts]
+
+
+def _cut_grid(grid: GridContext, apart: int, count: int, parts: int) -> Sequence[GridContext]:
+    """What each part has to know."""
+    key_bias, row_gate = (
+        [bias] * parts if bias is None or bias.dim() == 1 else _cut(bias, apart, count)
+        for bias in (grid.key_bias, grid.row_gate)
+    )
+    return [replace(grid, key_bias=key_bias[i], row_gate=row_gate[i]) for i in range(parts)]
 
 
 def finish(block: Block, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
@@ -118,12 +154,4 @@ def _rows(block: Block, x: Tensor) -> int:
 
 def _branch_dtype(x: Tensor) -> torch.dtype:
     """The dtype of attention and MLP."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
-        return x.dtype
-    return torch.get_autocast_dtype("cpu")
-
-
-def _sequences(tensor: Tensor, dims: int, count: int) -> Sequence[Tensor]:
-    """The tensor by `count` sequences at a time: ``[count, 1, ..., tokens ...]``, with as many dimensions."""
-    parts = tensor.flatten(0, dims - 1).split(count)
-    return [part.unflatten(0, (-1, *[1] * (dims - 1))) for part in parts]
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

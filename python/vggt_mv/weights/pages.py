@@ -20,8 +20,9 @@ _M_TRIM_THRESHOLD: Final = -1  # of glibc's mallopt
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT_BYTES: Final = 1 << 30
 _MAPPED_BYTES: Final = 32 << 20  # the most that glibc takes
-_keeps_freed = False  # by this process
 _VIEW: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
+
+_keeps_freed = False  # whether `keep_freed` has succeeded
 
 
 def read_ahead(tensor: Tensor) -> None:
