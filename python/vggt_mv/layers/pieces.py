@@ -126,23 +126,31 @@ def finish(block: Block, x: Tensor, y: Tensor, next_norm: nn.Module | None) -> t
     """`Block.finish`, where it `fits`."""
     y = y.contiguous()
     result = torch.empty_like(x)
-    _finish(block, x, y, next_norm, result, y)
-    return result, None if next_norm is None else y
+    in_one_piece = x.shape[:-1].numel() <= _rows(block, x)
+    next_normed = _finish(block, x, y, next_norm, result, None if in_one_piece else y)
+    return result, None if next_norm is None else next_normed
 
 
 def _finish(
-    block: Block, x: Tensor, y: Tensor, next_norm: nn.Module | None, result: Tensor, next_normed: Tensor
-) -> None:
-    """Writes the block's tokens to `result` and their next norm to `next_normed`, which may be y; y is used up."""
+    block: Block, x: Tensor, y: Tensor, next_norm: nn.Module | None, result: Tensor, next_normed: Tensor | None
+) -> Tensor:
+    """Writes the block's tokens to `result`; y is used up.
+
+    Their next norm goes to `next_normed`, which may be y. None: where the MLP's result was, which is near still, if
+    that came in one piece. Returns the tensor that it went to.
+    """
     add_and_norm(x, y, block.ls1, block.drop_path1, block.norm2, out=(result, y))
-    count = _rows(block, x)
-    rows = [tensor.flatten(0, -2).split(count) for tensor in (y, result, next_normed)]
-    for normed, tokens, next_to in zip(*rows, strict=True):
+    count = x.shape[:-1].numel() if next_normed is None else _rows(block, x)
+    targets: Sequence[Tensor | None] = [None] if next_normed is None else next_normed.flatten(0, -2).split(count)
+    rows = (tensor.flatten(0, -2).split(count) for tensor in (y, result))
+    for normed, tokens, target in zip(*rows, targets, strict=True):
         branch = block.mlp(normed)
         if next_norm is None:
             tokens += block.ls2(branch)
         else:
-            add_and_norm(tokens, branch, block.ls2, block.drop_path2, next_norm, out=(tokens, next_to))
+            out = tokens, branch if target is None else target
+            add_and_norm(tokens, branch, block.ls2, block.drop_path2, next_norm, out=out)
+    return branch.view(y.shape) if next_normed is None else next_normed
 
 
 def _rows(block: Block, x: Tensor) -> int:
