@@ -77,11 +77,9 @@ def run(
     block: Block, x: Tensor, normed: Tensor, grid: GridContext, next_norm: nn.Module | None
 ) -> tuple[Tensor, Tensor | None]:
     """`Block.forward` on the token grid, where it `fits`; ``normed = norm1(x)``."""
-    if not _can_be_cut(x, grid):
-        return finish(block, x, block.attn(normed, grid=grid), next_norm)  # or what is wrong with them
-    apart = _APART[grid.axis]
+    apart = _APART[grid.axis] if _can_be_cut(x, grid) else 0  # 0: attention finds what is wrong with them
     count = max(_rows(block, x) // max(x.shape[apart:-1].numel(), 1), 1)
-    if count >= x.shape[:apart].numel():
+    if count >= x.shape[:apart].numel():  # all at once
         return finish(block, x, block.attn(normed, grid=grid), next_norm)
     result = torch.empty_like(x)
     next_normed: Tensor | None = None
